@@ -1,0 +1,224 @@
+"""Find a checkpoint directory and check its configuration, tokenizer and weights. No code from it is ever run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import manifest
+from .errors import CheckpointError, one_line
+from .manifest import read_json
+from .neox import parameter_shapes
+from .prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
+from .weights import inventory, weight_files
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXConfig
+
+#: What a download takes: no .py, and no pickle but the weights, which are read without running any.
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.jinja", "*.txt", "*.md", "LICENSE*"]
+DEFAULT_REVISION = "master"
+
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+#: Keys of config.json that shape the network: (smallest, largest) plausible value.
+_REQUIRED = {
+    "vocab_size": (3, 1 << 24),
+    "hidden_size": (1, 1 << 17),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, 1024),
+    "intermediate_size": (1, 1 << 19),
+}
+_OPTIONAL = (
+    "max_position_embeddings", "hidden_act", "layer_norm_eps", "use_parallel_residual", "attention_bias",
+    "tie_word_embeddings", "rotary_pct", "rotary_emb_base", "rope_parameters", "rope_scaling",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory whose configuration, tokenizer and list of tensors have been checked; the weights are still on disk.
+
+    Attributes:
+        path: the directory.
+        config: sizes and constants of the network.
+        tokenizer: with the prompt contract.
+        tensors: name of each parameter -> (file, name inside that file).
+    """
+
+    path: Path
+    config: GPTNeoXConfig
+    tokenizer: DollyTokenizer
+    tensors: dict[str, tuple[Path, str]]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(math.prod(shape) for shape in parameter_shapes(self.config).values())
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The local directory of `model`: itself, or a downloaded snapshot of a hub id.
+
+    Raises:
+        CheckpointError: neither a directory nor a model that the hub gives us.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{model}: is a file; give the directory that holds config.json")
+    if not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{model}: no such directory, and not a hub id of the form owner/name either")
+    return _download(model, revision or DEFAULT_REVISION)
+
+
+def _download(model: str, revision: str) -> Path:
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    def snapshot(**options: Any) -> Path:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOAD_PATTERNS, **options))
+
+    try:
+        return snapshot()
+    except Exception as error:  # the client's errors have no common base: requests', its own, ValueError
+        try:
+            return snapshot(local_files_only=True)  # no network: what was downloaded before will do
+        except Exception:
+            raise CheckpointError(
+                f"{model}: no such directory here, and revision {revision!r} cannot be had from the hub "
+                f"({type(error).__name__}: {one_line(error)}). Check the name, the revision and the network"
+            ) from error
+
+
+def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
+    """Check everything but the values of the weights, in seconds; with a manifest and `verify`, those too.
+
+    Raises:
+        CheckpointError: names the file, what was found, what was expected, and the command that repairs it.
+    """
+    path = Path(path)
+    try:
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such directory")
+        config = read_config(path)
+        files = weight_files(path)
+        if verify:
+            _refuse(manifest.problems(path, [*_side_files(path), *(file.name for file in files)]))
+        tokenizer = read_tokenizer(path)
+        _refuse(vocabulary_problems(path, config, tokenizer))
+        tensors, wrong = inventory(path, parameter_shapes(config), files)
+        _refuse(wrong)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {repair_hint(path)}") from error.__cause__
+    return Checkpoint(path, config, tokenizer, tensors)
+
+
+def _refuse(found: list[str]) -> None:
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise CheckpointError("; ".join(found[:3]) + more)
+
+
+def _side_files(path: Path) -> list[str]:
+    names = ("config.json", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
+    return [name for name in names if (path / name).exists()] + [p.name for p in sorted(path.glob("*.index.json"))]
+
+
+def repair_hint(path: Path) -> str:
+    """The command that fetches a good copy, with the hub id where the path tells it."""
+    found = re.search(r"models/([^/]+)--([^/]+)/snapshots/([^/]+)$", path.absolute().as_posix())
+    model, revision, place = ("OWNER/NAME", "REVISION", f" --local_dir {path}")
+    if found:
+        model, revision, place = f"{found[1]}/{found[2]}", found[3], ""
+    return f"To repair it: modelscope download --model {model} --revision {revision}{place}"
+
+
+def read_config(path: Path) -> GPTNeoXConfig:
+    """config.json in the spelling of 2023 (rotary_pct, rotary_emb_base), of today (rope_parameters), or both."""
+    file = path / "config.json"
+    raw = read_json(file)
+    if raw.get("model_type") != "gpt_neox":
+        raise CheckpointError(f"{file}: model_type is {raw.get('model_type')!r}, dolly-v2 is 'gpt_neox'")
+    for key, (low, high) in _REQUIRED.items():
+        if type(raw.get(key)) is not int or not low <= raw[key] <= high:
+            raise CheckpointError(f"{file}: {key} is {raw.get(key)!r}, expected a whole number from {low} to {high}")
+    from transformers import GPTNeoXConfig
+
+    try:
+        config = GPTNeoXConfig(**{key: raw[key] for key in (*_REQUIRED, *_OPTIONAL) if key in raw})
+        config.rope_parameters = {key: value for key, value in config.rope_parameters.items()}
+        _check_constants(config)
+    except Exception as error:  # transformers validates with errors of several kinds
+        raise CheckpointError(f"{file}: {one_line(error)}") from None
+    return config
+
+
+def _check_constants(config: GPTNeoXConfig) -> None:
+    from transformers.activations import ACT2FN
+
+    rope = config.rope_parameters
+    factor, theta, heads = rope["partial_rotary_factor"], rope["rope_theta"], config.num_attention_heads
+    width = config.hidden_size // heads * factor
+    positions = config.max_position_embeddings
+    sound = {
+        f"{heads} heads do not divide hidden_size {config.hidden_size}": config.hidden_size % heads == 0,
+        f"hidden_act {config.hidden_act!r} is unknown": config.hidden_act in ACT2FN,
+        f"partial_rotary_factor {factor!r} must be in (0, 1]": 0 < factor <= 1,
+        f"rotary width {width} must be even and at least 2": int(width) >= 2 and int(width) % 2 == 0,
+        f"rope_theta {theta!r} must be positive": 0 < theta < float("inf"),
+        f"layer_norm_eps {config.layer_norm_eps!r} must be in (0, 1)": 0 < config.layer_norm_eps < 1,
+        f"max_position_embeddings {positions!r} must be 1 to 1048576": 1 <= positions <= 1 << 20,
+    }
+    wrong = [message for message, holds in sound.items() if not holds]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def read_tokenizer(path: Path) -> DollyTokenizer:
+    """tokenizer.json as it is, plus the keys where only special_tokens_map.json or tokenizer_config.json names them."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing")
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        backend = Tokenizer.from_file(str(file))
+        named = [token for token in _named_special_tokens(path) if token in CONTROL_KEYS]
+        present = [token for token in CONTROL_KEYS if backend.token_to_id(token) is not None]
+        # Adding a token that is there keeps its id and marks it as special, whatever the file said.
+        keys = [*present, *(token for token in dict.fromkeys(named) if token not in present)]
+        backend.add_special_tokens([AddedToken(key, special=True, normalized=False) for key in keys])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        )
+        return DollyTokenizer(tokenizer)
+    except (CheckpointError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust library is a BaseException
+        raise CheckpointError(f"{file}: not a usable tokenizer ({one_line(error)})") from None
+
+
+def _named_special_tokens(path: Path) -> Iterator[str]:
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path / name).exists():
+            tokens = read_json(path / name).get("additional_special_tokens") or []
+            for token in tokens if isinstance(tokens, list) else []:
+                text = token.get("content") if isinstance(token, dict) else token
+                if isinstance(text, str):
+                    yield text
+
+
+def vocabulary_problems(path: Path, config: GPTNeoXConfig, tokenizer: DollyTokenizer) -> list[str]:
+    """Whether the network knows every token that the tokenizer can produce."""
+    size = len(tokenizer.tokenizer)
+    if max(tokenizer.special_ids) < config.vocab_size and size <= config.vocab_size:
+        return []
+    return [
+        f"{path / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer has {size} tokens and its "
+        f"control tokens go up to {max(tokenizer.special_ids)}"
+    ]

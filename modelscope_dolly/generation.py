@@ -1,0 +1,249 @@
+"""From what a user gives (a question, a record, keywords) to answers: settings, inputs, the window, and the text.
+
+Everything goes through `Responder.respond`; a list, one answer and a stream differ only in who consumes its updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .engine import Engine, Request
+from .errors import PromptError, SettingError, unknown_name
+from .prompt import Answer, DollyTokenizer, check_instruction, check_text
+from .sampling import Sampling
+
+log = logging.getLogger("modelscope.dolly")
+
+#: Slots used for a list when the caller gives no batch_size.
+DEFAULT_SLOTS = 8
+OVERFLOW_MODES = ("error", "truncate_context")
+_INPUT_KEYS = {"instruction", "text", "context"}
+_RECORD_KEYS = {"response", "category"}  # of databricks-dolly-15k; a record can be asked as it is
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Keywords of a call, named as `transformers` generate names them; the defaults are those of the public pipeline.
+
+    Attributes:
+        max_new_tokens: at most so many tokens; cut, with a warning, to what the window leaves.
+        do_sample, temperature, top_k, top_p, repetition_penalty: see sampling.Sampling.
+        num_return_sequences: answers per input; their seeds are seed, seed + 1, ...
+        seed: of each answer's own generator; None takes one from torch's global generator (torch.manual_seed).
+        stop: text or texts that end an answer and are not part of it.
+        return_full_text: put the instruction and a newline before the answer.
+        on_overflow: "error", or "truncate_context" to shorten a context that leaves no room for max_new_tokens.
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.92
+    repetition_penalty: float = 1.0
+    num_return_sequences: int = 1
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    return_full_text: bool = False
+    on_overflow: str = "error"
+
+    def updated(self, keywords: Mapping[str, Any]) -> GenerationSettings:
+        """These settings with `keywords` on top, all checked.
+
+        Raises:
+            SettingError: unknown keyword (the nearest known one is named), or a value out of range.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in keywords:
+            if name not in known:
+                raise SettingError(unknown_name("keyword", name, known))
+        changed = dataclasses.replace(self, **keywords)
+        problems = [message for holds, message in changed._requirements() if not holds]
+        if problems:
+            raise SettingError("; ".join(problems))
+        stop = (changed.stop,) if isinstance(changed.stop, str) else tuple(changed.stop or ())
+        return dataclasses.replace(changed, stop=stop, top_k=changed.top_k or 0)
+
+    def _requirements(self) -> Iterator[tuple[bool, str]]:
+        def whole(value: Any, low: int, high: float = math.inf) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+        def real(value: Any) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        def must(holds: bool, name: str, allowed: str) -> tuple[bool, str]:
+            return holds, f"{name} is {getattr(self, name)!r}, it must be {allowed}"
+
+        yield must(whole(self.max_new_tokens, 1), "max_new_tokens", "a whole number of at least 1")
+        yield must(isinstance(self.do_sample, bool), "do_sample", "True or False")
+        yield must(
+            real(self.temperature) and self.temperature > 0,
+            "temperature",
+            "a number above 0 (for the likeliest answer pass do_sample=False)",
+        )
+        yield must(self.top_k is None or whole(self.top_k, 0), "top_k", "a whole number of at least 0 (0: all tokens)")
+        yield must(real(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
+        yield must(real(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "above 0")
+        yield must(whole(self.num_return_sequences, 1), "num_return_sequences", "a whole number of at least 1")
+        if self.num_return_sequences != 1:
+            yield must(self.do_sample is True, "do_sample", "True for several sequences: greedy ones are all the same")
+        yield must(self.seed is None or whole(self.seed, 0, 2**63 - 1), "seed", "None or a whole number, 0 to 2^63-1")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        texts = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
+        yield must(stop is None or self.stop == () or texts, "stop", "a text or a list of texts, none empty")
+        yield must(isinstance(self.return_full_text, bool), "return_full_text", "True or False")
+        yield must(self.on_overflow in OVERFLOW_MODES, "on_overflow", f"one of {', '.join(OVERFLOW_MODES)}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One checked input."""
+
+    instruction: str
+    context: str | None = None
+
+
+def parse_input(value: Any, ignore_unknown: bool = False) -> Prompt:
+    """A text, or a mapping with `instruction` (or `text`) and perhaps `context`, as a Prompt.
+
+    Args:
+        value: what the user gave.
+        ignore_unknown: let other keys pass, as for the rows of a data set.
+
+    Raises:
+        PromptError: another type, an unknown key, an empty instruction, or text that is not Unicode.
+    """
+    if isinstance(value, str):
+        return Prompt(check_instruction(value))
+    if not isinstance(value, Mapping):
+        raise PromptError(
+            f"an input must be a text or a dict with 'instruction' and perhaps 'context', found {type(value).__name__}"
+        )
+    for key in value:
+        if not ignore_unknown and key not in _INPUT_KEYS | _RECORD_KEYS:
+            raise PromptError(unknown_name("input key", str(key), _INPUT_KEYS))
+    given = [key for key in ("instruction", "text") if key in value]
+    if len(given) != 1:
+        raise PromptError(
+            f"an input needs either 'instruction' or 'text', found keys: {', '.join(map(str, value)) or 'none'}"
+        )
+    context = value.get("context")
+    return Prompt(check_instruction(value[given[0]]), check_text("context", context) if context is not None else None)
+
+
+@dataclass(frozen=True)
+class Update:
+    """News of one answer: its text so far, and why it ended (`stop`, `length`), None while it goes on."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    new_tokens: int
+    prompt_tokens: int
+
+
+class Responder:
+    """Answers prompts with an engine and a tokenizer. Holds no state of a call: safe to use from several threads."""
+
+    def __init__(self, engine: Engine, tokenizer: DollyTokenizer):
+        self.engine, self.tokenizer = engine, tokenizer
+
+    def respond(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> Iterator[Update]:
+        """Yield an Update whenever the text of an answer grew and when it ended.
+
+        Answer `i` of prompt `p` has index `p * num_return_sequences + i`.
+        """
+        requests: list[Request] = []
+        answers: list[Answer] = []
+        heads: list[str] = []
+        for prompt in prompts:
+            ids, room = self.fit(prompt, settings)
+            for seed in _seeds(settings):
+                answer = Answer(self.tokenizer, tuple(settings.stop))
+                answers.append(answer)
+                heads.append(f"{prompt.instruction}\n" if settings.return_full_text else "")
+                sampling = Sampling(
+                    settings.do_sample,
+                    float(settings.temperature),
+                    settings.top_k,
+                    float(settings.top_p),
+                    float(settings.repetition_penalty),
+                    seed,
+                )
+                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, watch=answer.push))
+        for token in self.engine.run(requests, slots):
+            answer = answers[token.index]
+            if token.finish_reason:
+                answer.finish()
+            if token.finish_reason or answer.grew:
+                text = heads[token.index] + answer.text
+                used = len(requests[token.index].ids)
+                yield Update(token.index, text, token.finish_reason, len(answer.ids), used)
+
+    def answers(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> list[list[Update]]:
+        """The last update of each answer, grouped by prompt."""
+        last: dict[int, Update] = {}
+        for update in self.respond(prompts, settings, slots):
+            last[update.index] = update
+        count = settings.num_return_sequences
+        return [[last[prompt * count + i] for i in range(count)] for prompt in range(len(prompts))]
+
+    def fit(self, prompt: Prompt, settings: GenerationSettings) -> tuple[list[int], int]:
+        """Prompt ids, and how many new tokens the window leaves for them (at most max_new_tokens).
+
+        Raises:
+            PromptError: not even one; the message has the counts.
+        """
+        window, wanted = self.engine.window, settings.max_new_tokens
+        ids = self.tokenizer.encode(prompt.instruction, prompt.context)
+        if settings.on_overflow == "truncate_context" and prompt.context and len(ids) + wanted > window:
+            ids = self._with_shorter_context(prompt, window - wanted)
+        room = window - len(ids)
+        if room < 1:
+            part = "context" if prompt.context else "instruction"
+            hint = (
+                ', or pass on_overflow="truncate_context"' if prompt.context and settings.on_overflow == "error" else ""
+            )
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens and the window {window}, which leaves no room for an answer; "
+                f"shorten the {part}{hint}"
+            )
+        if room < wanted:
+            log.warning(
+                "max_new_tokens cut from %d to %d: the prompt has %d tokens, the window %d",
+                wanted, room, len(ids), window,
+            )  # fmt: skip
+        return ids, min(wanted, room)
+
+    def _with_shorter_context(self, prompt: Prompt, limit: int) -> list[int]:
+        """Ids of the prompt with the longest beginning of its context that keeps it within `limit` tokens.
+
+        Without any context it may still be longer than `limit`: the instruction is never cut.
+        """
+        assert prompt.context is not None
+        low, high = 0, len(prompt.context)  # low fits (or is 0), high does not
+        best = self.tokenizer.encode(prompt.instruction, None)
+        while high - low > 1:
+            middle = (low + high) // 2
+            ids = self.tokenizer.encode(prompt.instruction, prompt.context[:middle])
+            if len(ids) <= limit:
+                low, best = middle, ids
+            else:
+                high = middle
+        log.warning("context cut from %d to %d characters to leave room for the answer", len(prompt.context), low)
+        return best
+
+
+def _seeds(settings: GenerationSettings) -> list[int]:
+    """One per returned sequence. Each input of a list starts from the same seed, as if it were asked alone."""
+    first = settings.seed
+    if first is None:
+        first = int(torch.randint(0, 2**62, ()))
+    return [(first + i) % 2**63 for i in range(settings.num_return_sequences)]

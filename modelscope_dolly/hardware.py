@@ -1,0 +1,147 @@
+"""Device, number type and memory: each choice comes with its reason, which is logged and can be overridden."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import HardwareError, SettingError, unknown_name
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+
+#: First compute capability whose tensor cores multiply bfloat16 (Ampere); Turing and Volta only emulate it.
+_BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value and why it was taken."""
+
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.reason})"
+
+
+def choose_device(requested: str | torch.device | None = None) -> Choice:
+    """Turn `cpu`, `cuda`, `cuda:N`, `gpu`, `gpu:N` or `mps` into a torch.device.
+
+    `gpu` is what ModelScope passes when the user says nothing: the first CUDA device, else the CPU. A device that was
+    named with its number must exist; ModelScope alone would run on the CPU without a word.
+
+    Raises:
+        HardwareError: the named device is not on this machine.
+        SettingError: no such kind of device.
+    """
+    name = str(requested or "gpu").lower()
+    match = re.fullmatch(r"(cpu|cuda|gpu|mps)(?::(\d+))?", name)
+    if match is None:
+        raise SettingError(unknown_name("device", name, ("cpu", "cuda", "cuda:N", "gpu", "mps")))
+    kind, number = match[1], match[2]
+    if kind == "cpu":
+        return Choice(torch.device("cpu"), "asked for")
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise HardwareError("device 'mps' was asked for, but this torch sees no Apple GPU; use device='cpu'")
+        return Choice(torch.device("mps"), "asked for; experimental")
+    count = torch.cuda.device_count()
+    if kind == "gpu" and number is None and count == 0:
+        return Choice(torch.device("cpu"), "no CUDA device here")
+    index = int(number or 0)
+    if index >= count:
+        found = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA device"
+        built = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
+        raise HardwareError(
+            f"device {name!r} was asked for, but this machine shows {found}{built}; "
+            f"use device='{'cpu' if count == 0 else 'cuda:0'}'"
+        )
+    return Choice(torch.device("cuda", index), "asked for" if kind == "cuda" else "first CUDA device")
+
+
+def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
+    """`bf16`, `bfloat16`, `torch.bfloat16`, ... -> torch.dtype. Raises SettingError."""
+    name = str(requested).removeprefix("torch.").lower()
+    name = _DTYPE_ALIASES.get(name, name)
+    if name not in DTYPES:
+        raise SettingError(unknown_name("dtype", str(requested), ("auto", *DTYPES)))
+    return DTYPES[name]
+
+
+def choose_dtype(
+    device: torch.device, requested: str | torch.dtype | None = None, parameters: int | None = None
+) -> Choice:
+    """Number type of the weights on `device`.
+
+    Args:
+        device: where the weights will lie.
+        requested: overrides the choice; None or "auto" leaves it to this function.
+        parameters: how many there are; on a CPU it decides whether float32 fits.
+    """
+    if requested is not None and requested != "auto":
+        return Choice(parse_dtype(requested), "asked for")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        if capability >= _BF16_CAPABILITY:
+            return Choice(torch.bfloat16, f"{name} computes it")
+        return Choice(torch.float16, f"{name} (compute capability {capability[0]}.{capability[1]}) has no bfloat16")
+    if device.type == "mps":
+        return Choice(torch.float16, "half the memory of float32")
+    if cpu_computes_bf16():
+        return Choice(torch.bfloat16, "this CPU computes it")
+    need, free = 4 * (parameters or 0), free_memory()
+    if need > 0.8 * free:
+        return Choice(torch.bfloat16, f"float32 needs {gigabytes(need)}, {gigabytes(free)} of memory are free")
+    return Choice(torch.float32, "this CPU has no bfloat16 instructions")
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware: AVX512-BF16, AMX, or Arm's bf16 extension."""
+    flags = {"avx512_bf16", "amx_bf16", "bf16"}
+    if hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.11
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(flag, False) for flag in flags)
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and not flags.isdisjoint(cpuinfo.read_text().split())
+
+
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes that can be allocated on `device` (default: the CPU, within the control group's limit if there is one)."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    free = psutil.virtual_memory().available
+    limit = _cgroup_limit()
+    return min(free, limit) if limit is not None else free
+
+
+def _cgroup_limit() -> int | None:
+    """Bytes left under a container's memory limit (cgroup v2), which psutil does not know about."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())
+        return max(0, int(limit) - used) if limit.isdigit() else None
+    except (OSError, ValueError):
+        return None
+
+
+def free_disk(path: str | os.PathLike) -> int:
+    """Bytes free on the file system that holds `path`, or would hold it."""
+    place = Path(path).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as GB (10^9), two digits."""
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,240 @@
+"""The dolly prompt contract: the only file that spells a key.
+
+The bytes are those of the public training code (databrickslabs/dolly, training/consts.py and training/generate.py):
+
+    Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+    ### Instruction:
+    {instruction}
+
+    Input:                    (this section only when there is context)
+    {context}
+
+    ### Response:
+    {response}
+
+    ### End
+
+Three keys are single control tokens of the tokenizer: `### Instruction:`, `### Response:` with its newline, `### End`.
+A prompt is built from token ids, never from a string that is searched for keys, so whatever a user types stays text.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import CheckpointError, PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+INSTRUCTION_KEY = "### Instruction:"
+INPUT_KEY = "Input:"
+RESPONSE_KEY = "### Response:\n"  # the newline belongs to the token
+END_KEY = "### End"
+END_OF_TEXT = "<|endoftext|>"
+
+#: In the order in which the reference adds them to the GPT-NeoX tokenizer, which gives them ids 50277, 50278, 50279.
+CONTROL_KEYS = (END_KEY, INSTRUCTION_KEY, RESPONSE_KEY)
+
+
+def check_text(name: str, text: object) -> str:
+    """Return `text` if it is usable text; `name` is what the message calls it.
+
+    Raises:
+        PromptError: not a string, or a string that has no UTF-8 form (a lone surrogate).
+    """
+    if not isinstance(text, str):
+        raise PromptError(f"{name} must be a string, found {type(text).__name__}: {str(text)[:60]!r}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} is not valid Unicode: lone surrogate {text[error.start]!r} at character {error.start}"
+        ) from None
+    return text
+
+
+def check_instruction(instruction: object) -> str:
+    """`check_text`, and there must be something to read in it."""
+    text = check_text("instruction", instruction)
+    if not text.strip():
+        raise PromptError("instruction is empty: give a question or a task")
+    return text
+
+
+def _body(instruction: str, context: str | None) -> str:
+    """What stands between the instruction key and the response key."""
+    section = f"{INPUT_KEY}\n{context}\n\n" if context else ""
+    return f"\n{instruction}\n\n{section}"
+
+
+def render(instruction: str, context: str | None = None) -> str:
+    """The prompt as one string, as the reference formats it. For people and tests: the model gets `encode`."""
+    return f"{INTRO}\n\n{INSTRUCTION_KEY}{_body(instruction, context)}{RESPONSE_KEY}"
+
+
+def render_example(instruction: str, context: str | None, response: str) -> str:
+    """A whole training text as one string, as the reference formats it."""
+    return f"{render(instruction, context)}{response}\n\n{END_KEY}"
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """Token ids of the keys in one tokenizer (GPT-NeoX-20B: end 50277, instruction 50278, response 50279, eos 0)."""
+
+    end: int
+    instruction: int
+    response: int
+    eos: int
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return frozenset((self.end, self.eos))
+
+
+class DollyTokenizer:
+    """A Hugging Face tokenizer together with the prompt contract. Safe to use from several threads.
+
+    Text is encoded by a private copy of the backend that never recognises a special token in its input. The flag for
+    that is a state of the backend, and every call of the public tokenizer sets it anew: sharing one object, a call in
+    another thread could turn a typed key into a control token.
+
+    Args:
+        tokenizer: any fast tokenizer that knows the three keys; kept as `.tokenizer` for whoever wants it.
+
+    Raises:
+        CheckpointError: a key is not one token of its own, which is how a base model's tokenizer looks.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        self.control = ControlTokens(*(_single_token(tokenizer, key) for key in (*CONTROL_KEYS, END_OF_TEXT)))
+        self._text = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._text.no_truncation()
+        self._text.no_padding()
+        self._text.encode_special_tokens = True
+        leaked = [key for key in CONTROL_KEYS if set(self.encode_text(key)) & set(self.special_ids)]
+        if leaked:
+            raise CheckpointError(
+                f"tokenizer.json: {leaked[0]!r} is not marked as special, so that a user could type it as a control "
+                "token; add it to additional_special_tokens in special_tokens_map.json"
+            )
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        control = self.control
+        return frozenset((control.end, control.instruction, control.response, control.eos))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of ordinary text; a key typed inside it becomes several ordinary tokens."""
+        return self._text.encode(text, add_special_tokens=False).ids
+
+    def encode(self, instruction: str, context: str | None = None) -> list[int]:
+        """Token ids of the prompt.
+
+        For text without keys they equal the tokenization of `render(...)`: a tokenizer cuts its input at special
+        tokens before anything else, so the pieces between them can be encoded one by one.
+        """
+        body = self.encode_text(_body(instruction, context))
+        return [*self.encode_text(f"{INTRO}\n\n"), self.control.instruction, *body, self.control.response]
+
+    def encode_example(self, instruction: str, context: str | None, response: str) -> tuple[list[int], int]:
+        """Token ids of a training text, and the length of its prompt: the ids behind it are what is learned."""
+        prompt = self.encode(instruction, context)
+        return [*prompt, *self.encode_text(f"{response}\n\n"), self.control.end], len(prompt)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, without special tokens and otherwise untouched; unfinished UTF-8 shows as U+FFFD."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _single_token(tokenizer: PreTrainedTokenizerFast, key: str) -> int:
+    found = tokenizer.encode(key, add_special_tokens=False, split_special_tokens=False)
+    if len(found) != 1 or tokenizer.convert_ids_to_tokens(found[0]) != key:
+        raise CheckpointError(
+            f"tokenizer.json: {key!r} must be a single token, found {len(found)} tokens {found}. This is not the "
+            "tokenizer of a dolly model; take tokenizer.json from the model's own repository"
+        )
+    return found[0]
+
+
+def chat_template() -> str:
+    """A Jinja template that renders the last user message of a chat as this prompt, for servers that read one.
+
+    dolly is not a dialogue model: earlier turns are left out. A system message becomes the context section. The
+    template ends in an expression because Jinja drops a template's own last newline, and the response key needs it.
+    A server tokenizes the rendered string, so that keys typed by its users do become control tokens there.
+    """
+    quoted = {name: repr(text) for name, text in _TEMPLATE_TEXTS.items()}
+    return (
+        "{%- set ns = namespace(instruction='', context='') -%}"
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'user' -%}{%- set ns.instruction = message['content'] -%}"
+        "{%- elif message['role'] == 'system' -%}{%- set ns.context = message['content'] -%}{%- endif -%}"
+        "{%- endfor -%}"
+        f"{{{{- {quoted['head']} + ns.instruction + '\\n\\n' -}}}}"
+        f"{{%- if ns.context -%}}{{{{- {quoted['input']} + ns.context + '\\n\\n' -}}}}{{%- endif -%}}"
+        f"{{{{- {quoted['response']} -}}}}"
+    )
+
+
+_TEMPLATE_TEXTS = {
+    "head": f"{INTRO}\n\n{INSTRUCTION_KEY}\n",
+    "input": f"{INPUT_KEY}\n",
+    "response": RESPONSE_KEY,
+}
+
+
+class Answer:
+    """Turns the ids of one answer, as they come, into text.
+
+    `push` takes an id. `text` only ever grows: it holds back half a UTF-8 character, white space at the end, and
+    whatever might still become a stop string. Control tokens never show. After the last id, `finish` makes `text` the
+    whole answer, stripped as the reference does.
+
+    Args:
+        tokenizer: decodes. Its decoder is byte-level: the text of the first ids is a beginning of the whole text, but
+            for an unfinished character at its end.
+        stop: strings that end the answer; the text before the first one is the answer.
+    """
+
+    def __init__(self, tokenizer: DollyTokenizer, stop: tuple[str, ...] = ()):
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self.ids: list[int] = []
+        self.text = ""
+        self.grew = False  # by the last push
+
+    def push(self, token_id: int) -> bool:
+        """Take the next id; True when a stop string has ended the answer."""
+        self.ids.append(token_id)
+        seen = self._tokenizer.decode(self.ids)
+        cut = self._first_stop(seen)
+        if cut is None:
+            seen = seen.rstrip("\ufffd")
+            seen = seen[: len(seen) - self._maybe_stop(seen)]
+        text = seen[:cut].strip()
+        self.grew = text != self.text
+        self.text = text
+        return cut is not None
+
+    def finish(self) -> None:
+        """No more ids will come."""
+        whole = self._tokenizer.decode(self.ids)
+        self.text = whole[: self._first_stop(whole)].strip()
+
+    def _first_stop(self, text: str) -> int | None:
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        return min(found, default=None)
+
+    def _maybe_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that could grow into a stop string."""
+        return max(
+            (n for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
+            default=0,
+        )

@@ -1,0 +1,42 @@
+"""Packaging of modelscope-dolly: the plugin is installed, the recipe in train/ runs from a checkout."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+# Why each dependency is there, and why others are not: docs/decisions.md
+RUN = [
+    "modelscope[framework]>=1.40",
+    "torch>=2.11",
+    "transformers>=5",
+    "accelerate>=1.0",
+    "safetensors>=0.5",
+    "tokenizers>=0.22",
+    "psutil>=5.9",
+    "tqdm>=4.60",
+]
+TRAIN = ["deepspeed>=0.18"]
+EVAL = ["lm-eval>=0.4.9"]
+DEV = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "setuptools>=64", "wheel"]
+
+setup(
+    name="modelscope-dolly",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "modelscope_dolly" / "__init__.py").read_text())[1],
+    description="Databricks' dolly-v2 for ModelScope: load it with pipeline(), fine-tune it, publish it, measure it",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.13",
+    packages=["modelscope_dolly"],
+    package_data={"modelscope_dolly": ["configuration.json"]},
+    install_requires=RUN,
+    extras_require={"train": TRAIN, "eval": EVAL, "dev": DEV},
+    entry_points={
+        "console_scripts": ["dolly = modelscope_dolly.cli:main"],
+        "modelscope_hub.cli_plugins": ["dolly = modelscope_dolly.cli:ModelScopeCommand"],
+    },
+)

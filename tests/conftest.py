@@ -1,0 +1,85 @@
+"""Tiny models and tokenizers that every test builds from nothing: no network, nothing downloaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wanted the public hub must fail, not wait
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from modelscope_dolly.engine import Engine
+from modelscope_dolly.export import export_checkpoint
+from modelscope_dolly.neox import NeoX
+from modelscope_dolly.prompt import DollyTokenizer
+from train.nano import build_tokenizer, read_records
+
+#: Material for tests and measurements that lies beside a developer's checkout, and on nobody else's machine.
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+needs_shared_data = pytest.mark.skipif(
+    not SHARED_DATA.is_dir(), reason=f"databricks-dolly-15k and the GPT-NeoX tokenizer are not in {SHARED_DATA}"
+)
+
+
+def tiny_config(**changes) -> GPTNeoXConfig:
+    """3 layers of width 64; initial weights large enough that logits differ clearly between tokens."""
+    values = dict(
+        vocab_size=1024,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return GPTNeoXConfig(**{**values, **changes})
+
+
+def random_model(seed: int = 0, **changes) -> GPTNeoXForCausalLM:
+    """transformers' own network with random weights, in float32: the oracle."""
+    torch.manual_seed(seed)
+    return GPTNeoXForCausalLM(tiny_config(**changes)).eval()
+
+
+def our_network(model: GPTNeoXForCausalLM) -> NeoX:
+    """The engine's network with the same weights."""
+    with torch.device("meta"):
+        net = NeoX(model.config)
+    state = {name.replace("lm_head", "embed_out"): tensor for name, tensor in model.state_dict().items()}
+    net.load_state_dict(state, assign=True, strict=True)
+    return net.eval()
+
+
+def our_engine(model: GPTNeoXForCausalLM) -> Engine:
+    return Engine(our_network(model), torch.device("cpu"), model.config.max_position_embeddings)
+
+
+@pytest.fixture(scope="session")
+def records() -> list[dict]:
+    """The 128 records of the nano recipe."""
+    return read_records()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(records) -> DollyTokenizer:
+    """A byte-level BPE tokenizer of 1024 tokens with the three keys."""
+    return build_tokenizer(records, vocabulary=1024)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> GPTNeoXForCausalLM:
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory, tokenizer) -> Path:
+    """A complete exported directory with random weights and a manifest. Do not write into it: copy it."""
+    target = tmp_path_factory.mktemp("checkpoint") / "dolly-tiny"
+    return export_checkpoint(random_model(vocab_size=len(tokenizer.tokenizer)), tokenizer, target)

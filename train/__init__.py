@@ -1,0 +1,1 @@
+"""The training recipe. Run from a checkout; not part of the installed package."""
