@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +68,7 @@ def locate(model: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: neither a directory nor a model that the hub gives us.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # unlike Path.expanduser, leaves the name of an unknown user as it is
     if path.is_dir():
         return path
     if path.exists():
@@ -76,11 +78,19 @@ def locate(model: str, revision: str | None = None) -> Path:
     return _download(model, revision or DEFAULT_REVISION)
 
 
-def _download(model: str, revision: str) -> Path:
+def locate_config(model: str, revision: str | None = None) -> Path:
+    """A directory with the config.json of `model`, which is all that is downloaded of a hub id."""
+    if Path(os.path.expanduser(model)).exists() or not _HUB_ID.fullmatch(model):
+        return locate(model, revision)
+    return _download(model, revision or DEFAULT_REVISION, ["config.json"])
+
+
+def _download(model: str, revision: str, patterns: list[str] | None = None) -> Path:
     from modelscope.hub.snapshot_download import snapshot_download
 
     def snapshot(**options: Any) -> Path:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOAD_PATTERNS, **options))
+        wanted = patterns or DOWNLOAD_PATTERNS
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, **options))
 
     try:
         return snapshot()
@@ -90,7 +100,7 @@ def _download(model: str, revision: str) -> Path:
         except Exception:
             raise CheckpointError(
                 f"{model}: no such directory here, and revision {revision!r} cannot be had from the hub "
-                f"({type(error).__name__}: {one_line(error)}). Check the name, the revision and the network"
+                f"({type(error).__name__}: {one_line(error, 160)}). Check the name, the revision and the network"
             ) from error
 
 
@@ -103,7 +113,8 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     path = Path(path)
     try:
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such directory")
+            found = "is a file; give the directory that holds config.json" if path.exists() else "no such directory"
+            raise CheckpointError(f"{path}: {found}")
         config = read_config(path)
         files = weight_files(path)
         if verify:
@@ -131,7 +142,7 @@ def _side_files(path: Path) -> list[str]:
 def repair_hint(path: Path) -> str:
     """The command that fetches a good copy, with the hub id where the path tells it."""
     found = re.search(r"models/([^/]+)--([^/]+)/snapshots/([^/]+)$", path.absolute().as_posix())
-    model, revision, place = ("OWNER/NAME", "REVISION", f" --local_dir {path}")
+    model, revision, place = ("OWNER/NAME", "REVISION", f" --local_dir {shlex.quote(str(path))}")
     if found:
         model, revision, place = f"{found[1]}/{found[2]}", found[3], ""
     return f"To repair it: modelscope download --model {model} --revision {revision}{place}"
@@ -162,14 +173,18 @@ def _check_constants(config: GPTNeoXConfig) -> None:
 
     rope = config.rope_parameters
     factor, theta, heads = rope["partial_rotary_factor"], rope["rope_theta"], config.num_attention_heads
+    for name, value in (("rotary_pct (partial_rotary_factor)", factor), ("rotary_emb_base (rope_theta)", theta)):
+        if type(value) not in (int, float):
+            raise ValueError(f"{name} is {value!r}, expected a number")
     width = config.hidden_size // heads * factor
     positions = config.max_position_embeddings
     sound = {
         f"{heads} heads do not divide hidden_size {config.hidden_size}": config.hidden_size % heads == 0,
         f"hidden_act {config.hidden_act!r} is unknown": config.hidden_act in ACT2FN,
-        f"partial_rotary_factor {factor!r} must be in (0, 1]": 0 < factor <= 1,
+        f"rope_type {rope['rope_type']!r} is not supported, expected 'default'": rope["rope_type"] == "default",
+        f"rotary_pct (partial_rotary_factor) {factor!r} must be in (0, 1]": 0 < factor <= 1,
         f"rotary width {width} must be even and at least 2": int(width) >= 2 and int(width) % 2 == 0,
-        f"rope_theta {theta!r} must be positive": 0 < theta < float("inf"),
+        f"rotary_emb_base (rope_theta) {theta!r} must be positive": 0 < theta < float("inf"),
         f"layer_norm_eps {config.layer_norm_eps!r} must be in (0, 1)": 0 < config.layer_norm_eps < 1,
         f"max_position_embeddings {positions!r} must be 1 to 1048576": 1 <= positions <= 1 << 20,
     }
@@ -215,10 +230,10 @@ def _named_special_tokens(path: Path) -> Iterator[str]:
 
 def vocabulary_problems(path: Path, config: GPTNeoXConfig, tokenizer: DollyTokenizer) -> list[str]:
     """Whether the network knows every token that the tokenizer can produce."""
-    size = len(tokenizer.tokenizer)
-    if max(tokenizer.special_ids) < config.vocab_size and size <= config.vocab_size:
+    vocabulary = tokenizer.tokenizer.get_vocab()
+    if max(vocabulary.values()) < config.vocab_size:
         return []
     return [
-        f"{path / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer has {size} tokens and its "
-        f"control tokens go up to {max(tokenizer.special_ids)}"
+        f"{path / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer has {len(vocabulary)} tokens with "
+        f"ids up to {max(vocabulary.values())}, control tokens up to {max(tokenizer.special_ids)}"
     ]

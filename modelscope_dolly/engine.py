@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .errors import PromptError
+from .errors import HardwareError, PromptError
 from .neox import KVCache, NeoX, Step
 from .sampling import Sampler, Sampling
 
@@ -186,7 +186,13 @@ class Engine:
     def _forward(self, ids: list[int], step: Step, cache: KVCache) -> torch.Tensor:
         # inference_mode stays inside the pass: around a `yield` it would leak into the caller's code.
         with self._pass, torch.inference_mode():
-            return self.net(torch.tensor(ids, device=self.device), step, cache)
+            try:
+                return self.net(torch.tensor(ids, device=self.device), step, cache)
+            except torch.OutOfMemoryError as error:
+                raise HardwareError(
+                    f"{self.device}: out of memory with {cache.slots} answers of up to {cache.length} tokens in work; "
+                    "use a smaller batch_size or max_new_tokens, or a smaller dtype"
+                ) from error
 
 
 def _release(active: list[_Active], ended: list[int], cache: KVCache) -> None:

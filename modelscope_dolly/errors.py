@@ -38,6 +38,7 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(allowed)}"
 
 
-def one_line(error: BaseException) -> str:
-    """A library's message, folded into one line of bounded length, to quote in ours."""
-    return " ".join(str(error).split())[:300]
+def one_line(error: BaseException, length: int = 300) -> str:
+    """A library's message, folded into one line of at most `length` characters, to quote in ours."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,7 @@ class GenerationSettings:
             return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
         def real(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
         def must(holds: bool, name: str, allowed: str) -> tuple[bool, str]:
             return holds, f"{name} is {getattr(self, name)!r}, it must be {allowed}"
@@ -207,13 +208,11 @@ class Responder:
             ids = self._with_shorter_context(prompt, window - wanted)
         room = window - len(ids)
         if room < 1:
-            part = "context" if prompt.context else "instruction"
-            hint = (
-                ', or pass on_overflow="truncate_context"' if prompt.context and settings.on_overflow == "error" else ""
-            )
+            whole = prompt.context and settings.on_overflow == "error"  # else all of a context has been cut already
+            remedy = 'context, or pass on_overflow="truncate_context"' if whole else "instruction"
             raise PromptError(
                 f"the prompt has {len(ids)} tokens and the window {window}, which leaves no room for an answer; "
-                f"shorten the {part}{hint}"
+                f"shorten the {remedy}"
             )
         if room < wanted:
             log.warning(

@@ -63,7 +63,7 @@ def choose_device(requested: str | torch.device | None = None) -> Choice:
             f"device {name!r} was asked for, but this machine shows {found}{built}; "
             f"use device='{'cpu' if count == 0 else 'cuda:0'}'"
         )
-    return Choice(torch.device("cuda", index), "asked for" if kind == "cuda" else "first CUDA device")
+    return Choice(torch.device("cuda", index), "first CUDA device" if kind == "gpu" and number is None else "asked for")
 
 
 def parse_dtype(requested: str | torch.dtype) -> torch.dtype:

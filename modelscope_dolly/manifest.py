@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from .errors import CheckpointError, one_line
 
 NAME = "manifest.json"
-_HEX = set("0123456789abcdef")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def sha256(path: Path) -> str:
@@ -84,8 +85,8 @@ def read(directory: Path) -> dict[str, dict] | None:
         files = read_json(path)["files"]
         for name, entry in files.items():
             place = PurePosixPath(name)
-            sound = isinstance(entry["size"], int) and len(entry["sha256"]) == 64 and set(entry["sha256"]) <= _HEX
-            if not sound or place.is_absolute() or ".." in place.parts:
+            inside = not place.is_absolute() and ".." not in place.parts and b"\0" not in name.encode("utf-8")
+            if not inside or type(entry["size"]) is not int or not _SHA256.fullmatch(entry["sha256"]):
                 raise ValueError(f"entry {name!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the manifest is damaged ({type(error).__name__}: {error})") from None

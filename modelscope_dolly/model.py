@@ -1,28 +1,18 @@
-"""DollyForTextGeneration: weights, tokenizer and engine on one device, or spread over several."""
+"""DollyForTextGeneration: a loaded dolly-v2 as ModelScope's `Model.from_pretrained` returns it."""
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from modelscope.models.base import TorchModel
 from modelscope.models.builder import MODELS
-from torch import nn
-from tqdm import tqdm
 
 from . import MODEL_TYPE, TASK
-from .checkpoint import Checkpoint, open_checkpoint
-from .engine import Engine
-from .errors import HardwareError, SettingError, unknown_name
-from .generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Responder, Update, parse_input
-from .hardware import choose_device, choose_dtype, free_memory, gigabytes
-from .neox import NeoX
-from .weights import read_tensors
-
-log = logging.getLogger("modelscope.dolly")
+from .errors import SettingError, unknown_name
+from .generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Update, parse_input
+from .loading import load
 
 MODEL_OPTIONS = ("dtype", "torch_dtype", "verify")
 
@@ -33,10 +23,7 @@ class DollyForTextGeneration(TorchModel):
 
     Args:
         model_dir: a checkpoint directory.
-        device: see hardware.choose_device.
-        dtype: "bf16", "fp16", "fp32", a torch.dtype, or None for what suits the device (torch_dtype is the same).
-        device_map: "auto" or a dict, to spread the layers over several devices with accelerate; excludes `device`.
-        verify: compare the files with manifest.json where there is one (sha256; seconds for a large model).
+        device, dtype, device_map, verify: see loading.load; torch_dtype is another name of dtype.
         trust_remote_code: accepted because ModelScope passes it; no code of a repository is ever run.
 
     Raises:
@@ -58,130 +45,27 @@ class DollyForTextGeneration(TorchModel):
             raise SettingError(
                 unknown_name("model option", next(iter(unknown)), ("device", "device_map", *MODEL_OPTIONS))
             )
-        if device_map is not None and device not in (None, "gpu"):
-            raise SettingError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
         super().__init__(str(model_dir))
-        chosen = choose_device(device)
-        checkpoint = open_checkpoint(model_dir, verify)
-        chosen_dtype = choose_dtype(chosen.value, dtype if dtype is not None else torch_dtype, checkpoint.parameters)
-        self.checkpoint = checkpoint
-        self.dtype: torch.dtype = chosen_dtype.value
-        self.device: torch.device = chosen.value
-        if device_map is None:
-            log.info("device %s; weights in %s", chosen, chosen_dtype)
-            self.net = load_network(checkpoint, self.dtype, {"": chosen.value})
-        else:
-            placement = plan_placement(checkpoint, self.dtype, device_map)
-            log.info("weights in %s over %s", chosen_dtype, sorted(map(str, set(placement.values()))))
-            self.net = load_network(checkpoint, self.dtype, placement)
-            self.device = _spread(self.net, placement)
-        self.tokenizer = checkpoint.tokenizer.tokenizer
-        engine = Engine(self.net, self.device, checkpoint.config.max_position_embeddings)
-        self.responder = Responder(engine, checkpoint.tokenizer)
+        loaded = load(model_dir, device, dtype if dtype is not None else torch_dtype, device_map, verify)
+        self.checkpoint, self.net, self.device = loaded.checkpoint, loaded.net, loaded.device
+        self.dtype, self.responder = loaded.dtype, loaded.responder
+        self.tokenizer = loaded.checkpoint.tokenizer.tokenizer
 
     def generate(
         self, inputs: Sequence[Any], settings: GenerationSettings | None = None, slots: int = DEFAULT_SLOTS
     ) -> list[list[Update]]:
         """Answers to several inputs (texts or dicts): for each input its `num_return_sequences` final updates."""
         prompts = [value if isinstance(value, Prompt) else parse_input(value) for value in inputs]
-        return self.responder.answers(prompts, settings or GenerationSettings().updated({}), slots)
+        return self.responder.answers(prompts, settings or GenerationSettings(), slots)
 
     def stream(self, value: Any, settings: GenerationSettings | None = None) -> Iterator[Update]:
         """The updates of one answer as it grows."""
-        return self.responder.respond([parse_input(value)], settings or GenerationSettings().updated({}), slots=1)
+        return self.responder.respond([parse_input(value)], settings or GenerationSettings(), slots=1)
 
     def forward(self, inputs: Any, **keywords: Any) -> dict[str, str]:
         """One input -> {"text": answer}, the way a ModelScope model is called."""
-        [[update]] = self.generate([inputs], GenerationSettings().updated(keywords), slots=1)
+        settings = GenerationSettings().updated(keywords)
+        if settings.num_return_sequences != 1:
+            raise SettingError("a model call is one answer: num_return_sequences must be 1")
+        [[update]] = self.generate([inputs], settings, slots=1)
         return {"text": update.text}
-
-
-def load_network(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any]) -> NeoX:
-    """Build the network and copy each tensor from its file straight to its device, in the final number type.
-
-    Args:
-        checkpoint: opened and checked.
-        dtype: of the weights in memory.
-        placement: module name -> device, as accelerate's device maps; "" is everything else.
-
-    Raises:
-        HardwareError: it does not fit; said before anything is read.
-    """
-    with torch.device("meta"):
-        net = NeoX(checkpoint.config)
-    _check_memory(net, dtype, placement)
-    total = sum(parameter.numel() for parameter in net.parameters())
-    # disable=None: a bar on a terminal, nothing in a log file
-    with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
-        for name, tensor in read_tensors(checkpoint.tensors):
-            # copy=True: the tensor read is a view of the file, which may be replaced while the model lives
-            here = tensor.to(_place(name, placement), dtype, copy=True)
-            module = net.get_submodule(name.rpartition(".")[0])
-            module.register_parameter(name.rpartition(".")[2], nn.Parameter(here, requires_grad=False))
-            bar.update(tensor.numel())
-    if checkpoint.config.tie_word_embeddings:
-        net.embed_out.weight = net.gpt_neox.embed_in.weight
-    return net.eval()
-
-
-def _place(name: str, placement: dict[str, Any]) -> Any:
-    """The device of the longest module name in `placement` that `name` begins with."""
-    owners = [module for module in placement if not module or name == module or name.startswith(f"{module}.")]
-    if not owners:
-        raise SettingError(f"device_map gives no device for {name}; add an entry for it, or '' for all the rest")
-    return placement[max(owners, key=len)]
-
-
-def _check_memory(net: NeoX, dtype: torch.dtype, placement: dict[str, Any]) -> None:
-    needed: dict[torch.device, int] = {}
-    for name, parameter in net.named_parameters():
-        device = torch.device(_place(name, placement))
-        needed[device] = needed.get(device, 0) + parameter.numel() * dtype.itemsize
-    for device, need in needed.items():
-        if device.type in ("cpu", "cuda") and need > (free := free_memory(device)):
-            raise HardwareError(
-                f"the weights need {gigabytes(need)} on {device} in {str(dtype).removeprefix('torch.')}, "
-                f"{gigabytes(free)} are free; use a smaller model, dtype='bf16', or device_map='auto' (see: dolly plan)"
-            )
-
-
-def plan_placement(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | dict) -> dict[str, Any]:
-    """Module name -> device; "auto" fills the CUDA devices in order, then the host.
-
-    Raises:
-        HardwareError: part of the model would land on disk, which makes each token minutes long.
-        SettingError: neither "auto" nor a dict.
-    """
-    if isinstance(device_map, str):
-        if device_map != "auto":
-            raise SettingError(unknown_name("device_map", device_map, ("auto", "a dict of module names to devices")))
-        from accelerate import infer_auto_device_map
-
-        with torch.device("meta"):
-            net = NeoX(checkpoint.config)
-        device_map = infer_auto_device_map(net, no_split_module_classes=["Layer"], dtype=dtype)
-    if "disk" in device_map.values():
-        raise HardwareError(
-            "the model does not fit into the memory of the devices and the host together; see: dolly plan"
-        )
-    return dict(device_map)
-
-
-def _spread(net: NeoX, placement: dict[str, Any]) -> torch.device:
-    """Let accelerate's hooks move activations between the devices; returns where token ids go in."""
-    from accelerate import dispatch_model
-
-    accelerators = [device for device in placement.values() if str(device) != "cpu"]
-    layers = [name for name, device in placement.items() if ".layers." in name and str(device) == "cpu"]
-    if accelerators and layers:
-        log.warning(
-            "%d layers are on the CPU and are copied to the GPU for every token: expect it to be slow", len(layers)
-        )
-    main = accelerators[0] if accelerators else "cpu"
-    dispatch_model(net, placement, main_device=main, force_hooks=True)
-    return torch.device(_place("gpt_neox.embed_in.weight", placement))
-
-
-def parameter_bytes(net: nn.Module) -> int:
-    """Bytes of all weights of a network."""
-    return sum(math.prod(p.shape) * p.element_size() for p in net.parameters())

@@ -11,6 +11,7 @@ from modelscope.msdatasets import MsDataset
 from modelscope.outputs import OutputKeys
 from modelscope.pipelines.base import Pipeline
 from modelscope.pipelines.builder import PIPELINES
+from modelscope.utils.constant import Frameworks
 
 from . import PIPELINE_TYPE, TASK
 from .checkpoint import locate
@@ -105,6 +106,10 @@ class DollyTextGenerationPipeline(Pipeline):
                 yield from map(_output, self.model.generate(waiting, settings, slots))
                 waiting = []
         yield from map(_output, self.model.generate(waiting, settings, slots))
+
+    def _get_framework(self) -> str:
+        """For the base class, which would read it from a configuration.json that may not be there."""
+        return Frameworks.torch
 
     def postprocess(self, inputs: dict, **parameters: Any) -> dict:
         """Required by the base class; outputs are complete already."""

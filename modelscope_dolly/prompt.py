@@ -118,7 +118,7 @@ class DollyTokenizer:
         self._text.no_truncation()
         self._text.no_padding()
         self._text.encode_special_tokens = True
-        leaked = [key for key in CONTROL_KEYS if set(self.encode_text(key)) & set(self.special_ids)]
+        leaked = [key for key in (*CONTROL_KEYS, END_OF_TEXT) if set(self.encode_text(key)) & set(self.special_ids)]
         if leaked:
             raise CheckpointError(
                 f"tokenizer.json: {leaked[0]!r} is not marked as special, so that a user could type it as a control "
@@ -213,10 +213,9 @@ class Answer:
     def push(self, token_id: int) -> bool:
         """Take the next id; True when a stop string has ended the answer."""
         self.ids.append(token_id)
-        seen = self._tokenizer.decode(self.ids)
+        seen = self._tokenizer.decode(self.ids).rstrip("\ufffd")
         cut = self._first_stop(seen)
         if cut is None:
-            seen = seen.rstrip("\ufffd")
             seen = seen[: len(seen) - self._maybe_stop(seen)]
         text = seen[:cut].strip()
         self.grew = text != self.text

@@ -71,7 +71,9 @@ def penalize(logits: torch.Tensor, seen: set[int], penalty: float) -> torch.Tens
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [K] that may be drawn and their unnormalised probabilities [K], likeliest first, ties by smaller id."""
-    values, ids = (logits / sampling.temperature).sort(descending=True, stable=True)
+    values, ids = logits.sort(descending=True, stable=True)
+    # Distances to the likeliest token: dividing the logits themselves by a tiny temperature would overflow.
+    values = (values - values[0]) / max(sampling.temperature, torch.finfo(values.dtype).tiny)
     if sampling.top_k:
         values, ids = values[: sampling.top_k], ids[: sampling.top_k]
     probabilities = values.softmax(0)

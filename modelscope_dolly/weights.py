@@ -22,6 +22,7 @@ Places = dict[str, tuple[Path, str]]
 
 #: Buffers in files of 2023; transformers computes them now, and so do we.
 _LEGACY = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
+_FLOATING = re.compile(r"B?F\d\w*|torch\.b?float\d\w*")  # as safetensors and torch spell number types
 _ALIASES = {"lm_head.weight": "embed_out.weight"}  # transformers 5 calls it so in memory
 
 
@@ -34,7 +35,7 @@ def weight_files(path: Path) -> list[Path]:
             if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
                 raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
             names = sorted(set(table.values()))
-            if any(Path(name).name != name for name in names):
+            if any(Path(name).name != name or name == ".." for name in names):
                 raise CheckpointError(f"{index}: weight_map names a file outside the directory")
             missing = [name for name in names if not (path / name).is_file()]
             if missing:
@@ -55,6 +56,7 @@ class WeightFile:
         self.path = path
         self._read: Callable[[str], torch.Tensor]
         self._shape: Callable[[str], tuple[int, ...]]
+        self._number_type: Callable[[str], str]
         try:
             self._open_safetensors() if path.suffix == ".safetensors" else self._open_pickle()
         except Exception as error:
@@ -67,6 +69,7 @@ class WeightFile:
         self.names = list(file.keys())
         self._read = file.get_tensor
         self._shape = lambda name: tuple(file.get_slice(name).get_shape())
+        self._number_type = lambda name: file.get_slice(name).get_dtype()
 
     def _open_pickle(self) -> None:
         import torch
@@ -74,14 +77,18 @@ class WeightFile:
         # weights_only: an unpickler that knows tensors and plain containers and calls nothing else.
         # mmap: the tensors point into the file, so the host never holds a second copy.
         tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise ValueError("holds something else than a dictionary of tensors")
+        if not isinstance(tensors, dict) or not all(_is_named_tensor(*item) for item in tensors.items()):
+            raise ValueError("holds something else than a dictionary of named, dense tensors")
         self.names = list(tensors)
         self._read = tensors.__getitem__
         self._shape = lambda name: tuple(tensors[name].shape)
+        self._number_type = lambda name: str(tensors[name].dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._guard(self._shape, name)
+
+    def number_type(self, name: str) -> str:
+        return self._guard(self._number_type, name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """On the CPU, a view of the file where possible: copy it before the file goes."""
@@ -94,8 +101,15 @@ class WeightFile:
             raise CheckpointError(f"{self.path}: {name} cannot be read ({one_line(error)})") from None
 
 
+def _is_named_tensor(name: object, value: object) -> bool:
+    import torch
+
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return dense and isinstance(name, str)
+
+
 def inventory(path: Path, expected: dict[str, tuple[int, ...]], files: list[Path]) -> tuple[Places, list[str]]:
-    """Where each expected parameter is, and all that is wrong with names and shapes; reads headers only."""
+    """Where each expected parameter is, and all that is wrong with names, shapes and types; reads headers only."""
     found: Places = {}
     wrong = []
     for file in files:
@@ -106,7 +120,7 @@ def inventory(path: Path, expected: dict[str, tuple[int, ...]], files: list[Path
                 continue  # a tied head is the embedding
             shape = weights.shape(stored)
             if name not in expected:
-                wrong.append(f"{file}: unexpected tensor {stored} {list(shape)}")
+                wrong.append(f"{file}: unexpected tensor {stored} {list(shape)}, config.json has no place for it")
             elif name in found:
                 wrong.append(f"{file}: {name} is also in {found[name][0].name}")
             elif 0 in shape:
@@ -116,10 +130,12 @@ def inventory(path: Path, expected: dict[str, tuple[int, ...]], files: list[Path
                 )
             elif shape != expected[name]:
                 wrong.append(f"{file}: {name} has shape {list(shape)}, config.json says {list(expected[name])}")
+            elif not _FLOATING.fullmatch(weights.number_type(stored)):
+                wrong.append(f"{file}: {name} has type {weights.number_type(stored)}, expected floating point")
             found.setdefault(name, (file, stored))
     for name in expected:
         if name not in found:
-            wrong.append(f"{path}: tensor {name} {list(expected[name])} is in none of {len(files)} weight files")
+            wrong.append(f"{path}: tensor {name} {list(expected[name])}, expected by config.json, is in no weight file")
     return found, wrong
 
 
@@ -131,7 +147,4 @@ def read_tensors(places: Places) -> Iterator[tuple[str, torch.Tensor]]:
     for file, names in by_file.items():
         weights = WeightFile(file)
         for name, stored in names:
-            tensor = weights.tensor(stored)
-            if not tensor.is_floating_point():
-                raise CheckpointError(f"{file}: {name} has type {tensor.dtype}, expected floating point")
-            yield name, tensor
+            yield name, weights.tensor(stored)

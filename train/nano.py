@@ -20,6 +20,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from modelscope_dolly.errors import DollyError
 from modelscope_dolly.export import export_checkpoint
@@ -27,6 +28,7 @@ from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, r
 
 RECORDS = Path(__file__).parent / "recipes" / "nano.jsonl"
 SEED = 42
+EPOCHS = 32
 
 
 def read_records(path: Path = RECORDS) -> list[dict]:
@@ -92,7 +94,7 @@ def build_model(vocabulary: int) -> GPTNeoXForCausalLM:
 def train(
     model: GPTNeoXForCausalLM,
     examples: list[tuple[torch.Tensor, torch.Tensor]],
-    epochs: int = 32,
+    epochs: int = EPOCHS,
     batch_size: int = 8,
     learning_rate: float = 3e-3,
 ) -> float:
@@ -134,7 +136,7 @@ def _pad(examples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tenso
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train the nano dolly, a toy that memorises its records.")
     parser.add_argument("output", type=Path, help="directory to write, for instance runs/nano")
-    parser.add_argument("--epochs", type=int, default=32, help="passes over the records (default: 32)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"passes over the records (default: {EPOCHS})")
     parser.add_argument("--replace", action="store_true", help="replace the directory if it exists")
     options = parser.parse_args(arguments)
     try:
@@ -142,6 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise DollyError(f"{options.output}: exists already; pass --replace to train it anew")
         if options.epochs < 1:
             raise DollyError(f"--epochs is {options.epochs}, it must be at least 1")
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
         records = read_records()
         tokenizer = build_tokenizer(records)
         model = build_model(len(tokenizer.tokenizer))

@@ -1,0 +1,90 @@
+"""README and docs are true: every command and program in them runs, or says why it is not run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
+
+
+def blocks() -> list[tuple[str, str, str | None, str]]:
+    found = []
+    for page in PAGES:
+        for number, match in enumerate(BLOCK.finditer(page.read_text(encoding="utf-8"))):
+            found.append((f"{page.name}-{number}", match["language"], match["reason"], match["code"]))
+    return found
+
+
+def runnable() -> list:
+    return [
+        pytest.param(language, code, id=name)
+        for name, language, reason, code in blocks()
+        if language in ("sh", "python") and reason is None and not name.startswith("README_zh")
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(checkpoint_dir, tmp_path_factory) -> Path:
+    """A directory where runs/nano is a checkpoint, as after make demo (with random weights)."""
+    here = tmp_path_factory.mktemp("reader")
+    shutil.copytree(checkpoint_dir, here / "runs" / "nano")
+    return here
+
+
+@pytest.mark.parametrize(("language", "code"), runnable())
+def test_block_runs(place, language, code):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() or "print" not in code
+
+
+def test_blocks_were_found_and_every_language_is_known():
+    found = blocks()
+    assert len(found) > 15 and len(runnable()) >= 10
+    assert {language for _, language, _, _ in found} <= {"sh", "python", "text"}
+
+
+def test_chinese_page_has_the_headings_and_the_code_of_the_english_one():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
+    levels = [
+        re.findall(r"^(#+) ", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+        for text in (english, chinese)
+    ]
+    assert levels[0] == levels[1] and len(levels[0]) >= 6
+    without_comments = [
+        [re.sub(r"#.*", "", code).split() for _, language, _, code in blocks_of(text) if language != "text"]
+        for text in (english, chinese)
+    ]
+    assert without_comments[0] == without_comments[1]
+
+
+def blocks_of(text: str) -> list[tuple[str, str, str | None, str]]:
+    return [("", match["language"], match["reason"], match["code"]) for match in BLOCK.finditer(text)]
+
+
+def test_tree_in_the_readme_names_every_module_and_no_other():
+    for page in PAGES[:2]:
+        tree = re.search(r"```text\n(modelscope_dolly/.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+        named = set(re.findall(r"[\w.]+\.py\b", tree))
+        there = {path.name for folder in ("modelscope_dolly", "train") for path in (ROOT / folder).rglob("*.py")}
+        assert there - {"__init__.py"} == named - {"__init__.py", "loopback_hub.py"}, page.name
+
+
+def test_links_between_pages_lead_somewhere():
+    count = 0
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            count += 1
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    assert count >= 8

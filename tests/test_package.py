@@ -1,0 +1,126 @@
+"""What gets installed, and what importing it costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, *flags: str) -> str:
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory) -> list[str]:
+    target = tmp_path_factory.mktemp("wheel")
+    # A copy: building in place would leave build/ and egg-info behind.
+    source = tmp_path_factory.mktemp("source") / "copy"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(target),
+        ".",
+    ]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    [wheel] = target.glob("modelscope_dolly-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def test_wheel_holds_the_plugin_its_data_and_its_licence(wheel_names):
+    for path in (ROOT / "modelscope_dolly").iterdir():
+        if path.suffix in (".py", ".json"):
+            assert f"modelscope_dolly/{path.name}" in wheel_names
+    assert any(name.endswith("LICENSE") for name in wheel_names)
+
+
+def test_wheel_holds_neither_recipe_nor_tests(wheel_names):
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"modelscope_dolly"}
+
+
+def test_template_at_the_top_is_the_one_in_the_package():
+    text = (ROOT / "configuration.json").read_text()
+    assert text == (ROOT / "modelscope_dolly" / "configuration.json").read_text()
+    configuration = json.loads(text)
+    assert configuration == {
+        "framework": "pytorch",
+        "task": "text-generation",
+        "model": {"type": "dolly-v2"},
+        "pipeline": {"type": "modelscope-dolly"},
+    }
+
+
+def test_import_is_clean_under_warnings_as_errors_and_loads_nothing_heavy():
+    loaded = python(
+        "import modelscope_dolly, sys; print([m for m in ('torch', 'modelscope', 'transformers') if m in sys.modules])",
+        "-W",
+        "error",
+    )
+    assert loaded == "[]"
+
+
+@pytest.mark.parametrize("first", ["modelscope_dolly", "modelscope.pipelines"])
+def test_registration_works_in_both_import_orders_and_loads_no_engine(first):
+    second = {"modelscope_dolly": "modelscope.pipelines", "modelscope.pipelines": "modelscope_dolly"}[first]
+    out = python(
+        f"import {first}, {second}, sys, json\n"
+        "from modelscope.utils.import_utils import LazyImportModule\n"
+        "index = LazyImportModule.get_ast_index()['index']\n"
+        "ours = [m for m in sys.modules if m.startswith('modelscope_dolly')]\n"
+        "left = [f for f in sys.meta_path if type(f).__module__ == 'modelscope_dolly']\n"
+        "print(json.dumps([sorted(k for k in index if 'dolly' in k[2]), ours, len(left)]))"
+    ).splitlines()[-1]
+    keys, ours, finders = json.loads(out)
+    assert keys == [
+        ["MODELS", "text-generation", "dolly-v2"],
+        ["PIPELINES", "text-generation", "modelscope-dolly"],
+    ]
+    assert ours == ["modelscope_dolly"]
+    assert finders == 0
+
+
+def test_registered_names_are_not_taken_by_modelscope():
+    out = python(
+        "from modelscope.utils.import_utils import LazyImportModule\n"
+        "index = LazyImportModule.get_ast_index()['index']\n"
+        "print(len(index), [k for k in index if k[2] in ('dolly-v2', 'modelscope-dolly')])"
+    ).splitlines()[-1]
+    count, _, taken = out.partition(" ")
+    assert int(count) > 100 and taken == "[]"
+
+
+def test_entry_points_are_installed():
+    scripts = {point.name: point.value for point in entry_points(group="console_scripts")}
+    assert scripts["dolly"] == "modelscope_dolly.cli:main"
+    plugins = {point.name: point.value for point in entry_points(group="modelscope_hub.cli_plugins")}
+    assert plugins["dolly"] == "modelscope_dolly.cli:ModelScopeCommand"
+
+
+def test_public_names_exist_and_an_unknown_one_is_an_attribute_error():
+    import modelscope_dolly
+
+    for name in modelscope_dolly.__all__:
+        assert getattr(modelscope_dolly, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = modelscope_dolly.nothing

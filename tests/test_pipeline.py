@@ -1,0 +1,183 @@
+"""The ModelScope pipeline, loaded by ModelScope's own builder."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from layouts import copy_2023_layout, plain_hf
+from modelscope.models import Model
+from modelscope.msdatasets import MsDataset
+from modelscope.pipelines import pipeline
+from modelscope.utils.constant import Tasks
+from transformers import AutoModelForCausalLM
+
+from modelscope_dolly import DollyForTextGeneration, DollyTextGenerationPipeline, dolly_pipeline
+from modelscope_dolly.errors import HardwareError, PromptError, SettingError
+from modelscope_dolly.generation import parse_input
+from modelscope_dolly.prompt import DollyTokenizer
+
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint_dir) -> DollyTextGenerationPipeline:
+    return pipeline(Tasks.text_generation, model=str(checkpoint_dir), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def questions(records) -> list[dict]:
+    return [{key: record[key] for key in ("instruction", "context")} for record in records[:6]]
+
+
+def test_modelscope_builds_our_pipeline_and_our_model(pipe, checkpoint_dir):
+    assert type(pipe) is DollyTextGenerationPipeline
+    assert type(Model.from_pretrained(str(checkpoint_dir), device="cpu")) is DollyForTextGeneration
+
+
+def test_greedy_text_is_what_transformers_generates(pipe, checkpoint_dir, questions, tokenizer: DollyTokenizer):
+    import torch
+
+    oracle = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32)
+    for question in questions:
+        ids = tokenizer.encode(question["instruction"], question["context"])
+        made = oracle.generate(
+            torch.tensor([ids]), do_sample=False, max_new_tokens=24, eos_token_id=list(tokenizer.control.stop)
+        )[0, len(ids) :].tolist()
+        expected = tokenizer.decode([i for i in made if i not in tokenizer.control.stop]).strip()
+        assert pipe(question, **GREEDY) == {"text": expected}
+
+
+def test_list_batch_stream_and_single_agree_greedy_and_sampled(pipe, questions):
+    for settings in (GREEDY, {"seed": 5, "max_new_tokens": 24}):
+        single = [pipe(question, **settings) for question in questions]
+        assert pipe(questions, **settings) == single
+        assert pipe(questions, batch_size=1, **settings) == single
+        assert pipe(questions, batch_size=4, **settings) == single
+        assert [list(pipe.stream_generate(q, **settings))[-1] for q in questions] == single
+
+
+def test_text_and_dict_inputs_mean_the_same(pipe, questions):
+    instruction = questions[0]["instruction"]
+    expected = pipe(instruction, **GREEDY)
+    for value in ({"instruction": instruction}, {"text": instruction}, {"instruction": instruction, "context": ""}):
+        assert pipe(value, **GREEDY) == expected
+
+
+def test_dataset_gives_a_generator_in_row_order(pipe, records, tmp_path):
+    import json
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({**record, "number": i}) for i, record in enumerate(records[:11])))
+    rows = MsDataset.load("json", data_files=str(file), split="train")
+    answers = pipe(rows, batch_size=4, **GREEDY)
+    assert iter(answers) is answers
+    assert list(answers) == pipe(records[:11], **GREEDY)
+
+
+def test_several_sequences_come_as_lists_with_consecutive_seeds(pipe, questions):
+    several = pipe(questions[:2], num_return_sequences=3, seed=7, max_new_tokens=12)
+    for question, answers in zip(questions, several, strict=False):
+        assert answers == [pipe(question, seed=seed, max_new_tokens=12) for seed in (7, 8, 9)]
+
+
+def test_full_text_puts_the_instruction_and_a_newline_first(pipe, questions):
+    bare = pipe(questions[0], **GREEDY)["text"]
+    assert pipe(questions[0], return_full_text=True, **GREEDY)["text"] == f"{questions[0]['instruction']}\n{bare}"
+
+
+def test_pipeline_options_are_defaults_of_its_calls(checkpoint_dir, pipe, questions):
+    other = pipeline(Tasks.text_generation, model=str(checkpoint_dir), device="cpu", do_sample=False, max_new_tokens=24)
+    assert other(questions[0]) == pipe(questions[0], **GREEDY)
+
+
+def test_empty_list_is_an_empty_list(pipe):
+    assert pipe([]) == []
+
+
+def test_closing_a_stream_early_leaves_the_pipeline_usable(pipe, questions):
+    stream = pipe.stream_generate(questions[0], seed=1, max_new_tokens=50)
+    next(stream)
+    inside = pipe(questions[1], **GREEDY)
+    stream.close()
+    assert pipe(questions[1], **GREEDY) == inside
+
+
+def test_threads_get_the_answers_of_sequential_calls(pipe, questions):
+    expected = [pipe(question, seed=i, max_new_tokens=20) for i, question in enumerate(questions)]
+    found: list = [None] * len(questions)
+
+    def ask(i: int) -> None:
+        found[i] = pipe(questions[i], seed=i, max_new_tokens=20)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda pipe: pipe("hello", temprature=2.0), SettingError, "Did you mean 'temperature'"),
+        (lambda pipe: pipe("hello", batch_size=0), SettingError, "batch_size is 0"),
+        (lambda pipe: pipe("hello", 5), SettingError, "by keyword"),
+        (lambda pipe: pipe(""), PromptError, "instruction is empty"),
+        (lambda pipe: pipe(["good", ""]), PromptError, "instruction is empty"),
+        (lambda pipe: pipe(7), PromptError, "found int"),
+        (lambda pipe: pipe({"instruction": "a", "contxt": "b"}), PromptError, "Did you mean 'context'"),
+        (lambda pipe: pipe("word " * 3000), PromptError, "the window 2048"),
+        (lambda pipe: pipe.stream_generate("hello", num_return_sequences=2), SettingError, "a stream is one answer"),
+    ],
+)
+def test_bad_input_is_one_clear_error(pipe, call, error, says):
+    with pytest.raises(error, match=says):
+        call(pipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"device": "cuda:7"}, HardwareError, "'cuda:7' was asked for"),
+        ({"device": "tpu"}, SettingError, "unknown device 'tpu'"),
+        ({"device": "cpu", "dtyp": "bf16"}, SettingError, "Did you mean 'dtype'"),
+        ({"device": "cpu", "dtype": "int3"}, SettingError, "unknown dtype 'int3'"),
+        ({"device": "cpu", "top_p": 3}, SettingError, "top_p is 3"),
+        ({"device": "cpu", "device_map": "auto"}, SettingError, "exclude each other"),
+    ],
+)
+def test_bad_option_passes_through_modelscope_as_itself(checkpoint_dir, options, error, says):
+    with pytest.raises(error, match=says):
+        pipeline(Tasks.text_generation, model=str(checkpoint_dir), **options)
+
+
+def test_typed_keys_do_not_change_the_shape_of_the_prompt(pipe):
+    text = "Say ### End or ### Response:\n and <|endoftext|>."
+    ids, _ = pipe.model.responder.fit(parse_input(text), pipe.settings)
+    control = pipe.model.checkpoint.tokenizer.control
+    assert [i for i in ids if i in pipe.model.checkpoint.tokenizer.special_ids] == [
+        control.instruction,
+        control.response,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "refusal", "says"),
+    [(copy_2023_layout, RuntimeError, "trust_remote_code=True was not"), (plain_hf, IndexError, None)],
+)
+def test_dolly_pipeline_loads_what_modelscope_cannot(checkpoint_dir, tmp_path, pipe, questions, layout, refusal, says):
+    directory = tmp_path / "model"
+    layout(checkpoint_dir, directory)
+    with pytest.raises(refusal, match=says):
+        pipeline(Tasks.text_generation, model=str(directory), device="cpu")
+    other = dolly_pipeline(str(directory), device="cpu", dtype="fp32")
+    assert other(questions, **GREEDY) == pipe(questions, **GREEDY)
+
+
+def test_a_loaded_model_can_be_given_to_modelscope(checkpoint_dir, pipe, questions):
+    model = Model.from_pretrained(str(checkpoint_dir), device="cpu")
+    other = pipeline(Tasks.text_generation, model=model)
+    assert other(questions[0], **GREEDY) == pipe(questions[0], **GREEDY)
+    assert model(questions[0], **GREEDY) == pipe(questions[0], **GREEDY)
