@@ -230,10 +230,10 @@ def _named_special_tokens(path: Path) -> Iterator[str]:
 
 def vocabulary_problems(path: Path, config: GPTNeoXConfig, tokenizer: DollyTokenizer) -> list[str]:
     """Whether the network knows every token that the tokenizer can produce."""
-    vocabulary = tokenizer.tokenizer.get_vocab()
-    if max(vocabulary.values()) < config.vocab_size:
+    ids = tokenizer.tokenizer.get_vocab().values()
+    if max(ids) < config.vocab_size:
         return []
     return [
-        f"{path / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer has {len(vocabulary)} tokens with "
-        f"ids up to {max(vocabulary.values())}, control tokens up to {max(tokenizer.special_ids)}"
+        f"{path / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer has {len(ids)} tokens with ids "
+        f"up to {max(ids)}, its control tokens up to {max(tokenizer.special_ids)}"
     ]

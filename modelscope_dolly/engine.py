@@ -187,12 +187,19 @@ class Engine:
         # inference_mode stays inside the pass: around a `yield` it would leak into the caller's code.
         with self._pass, torch.inference_mode():
             try:
-                return self.net(torch.tensor(ids, device=self.device), step, cache)
+                logits = self.net(torch.tensor(ids, device=self.device), step, cache)
             except torch.OutOfMemoryError as error:
                 raise HardwareError(
                     f"{self.device}: out of memory with {cache.slots} answers of up to {cache.length} tokens in work; "
                     "use a smaller batch_size or max_new_tokens, or a smaller dtype"
                 ) from error
+            if not bool(torch.isfinite(logits).all()):
+                number_type = str(logits.dtype).removeprefix("torch.")
+                raise HardwareError(
+                    f"the network's output is not finite in {number_type} on {self.device}: the weights are damaged "
+                    "(dolly check) or overflow in this type; use dtype='bf16' or 'fp32'"
+                )
+            return logits
 
 
 def _release(active: list[_Active], ended: list[int], cache: KVCache) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,23 +35,29 @@ def new_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     """A directory to fill, beside `target`, that becomes `target` when the block ends well and vanishes otherwise.
 
     Raises:
-        CheckpointError: `target` exists and `replace` is false.
+        CheckpointError: `target` exists and `replace` is false, or it is not a directory.
     """
-    target = Path(target)
-    if target.exists() and not replace:
-        raise CheckpointError(f"{target}: exists already; give another directory or remove this one")
+    target = Path(target).resolve()  # through a link: what it points to is replaced, on that file system
+    _check_free(target, replace)
     target.parent.mkdir(parents=True, exist_ok=True)
-    growing = target.with_name(f".{target.name}.{os.getpid()}.incomplete")
+    # Not the process id alone: in a container it is often the same one again, and a killed process leaves its names.
+    mark = f"{os.getpid()}.{secrets.token_hex(4)}"
+    growing, old = (target.with_name(f".{target.name}.{mark}.{state}") for state in ("incomplete", "old"))
     growing.mkdir()
     try:
         yield growing
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        _check_free(target, replace)  # another writer may have been faster
         if target.exists():
             target.rename(old)
         growing.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(growing, ignore_errors=True)
+
+
+def _check_free(target: Path, replace: bool) -> None:
+    if target.exists() and not (replace and target.is_dir()):
+        raise CheckpointError(f"{target}: exists already; give another directory or remove this one")
 
 
 def export_checkpoint(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import numbers
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ log = logging.getLogger("modelscope.dolly")
 
 #: Slots used for a list when the caller gives no batch_size.
 DEFAULT_SLOTS = 8
+#: torch's generator tells this many seeds apart.
+SEEDS = 2**32
 OVERFLOW_MODES = ("error", "truncate_context")
 _INPUT_KEYS = {"instruction", "text", "context"}
 _RECORD_KEYS = {"response", "category"}  # of databricks-dolly-15k; a record can be asked as it is
@@ -40,7 +43,8 @@ class GenerationSettings:
         seed: of each answer's own generator; None takes one from torch's global generator (torch.manual_seed).
         stop: text or texts that end an answer and are not part of it.
         return_full_text: put the instruction and a newline before the answer.
-        on_overflow: "error", or "truncate_context" to shorten a context that leaves no room for max_new_tokens.
+        on_overflow: "error", or "truncate_context" to shorten a context that leaves no room for max_new_tokens (or for
+            half of the window, if that is less).
     """
 
     max_new_tokens: int = 256
@@ -74,10 +78,10 @@ class GenerationSettings:
 
     def _requirements(self) -> Iterator[tuple[bool, str]]:
         def whole(value: Any, low: int, high: float = math.inf) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+            return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high
 
         def real(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+            return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
         def must(holds: bool, name: str, allowed: str) -> tuple[bool, str]:
             return holds, f"{name} is {getattr(self, name)!r}, it must be {allowed}"
@@ -95,7 +99,9 @@ class GenerationSettings:
         yield must(whole(self.num_return_sequences, 1), "num_return_sequences", "a whole number of at least 1")
         if self.num_return_sequences != 1:
             yield must(self.do_sample is True, "do_sample", "True for several sequences: greedy ones are all the same")
-        yield must(self.seed is None or whole(self.seed, 0, 2**63 - 1), "seed", "None or a whole number, 0 to 2^63-1")
+        yield must(
+            self.seed is None or whole(self.seed, 0, SEEDS - 1), "seed", f"None or a whole number, 0 to {SEEDS - 1}"
+        )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         texts = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
         yield must(stop is None or self.stop == () or texts, "stop", "a text or a list of texts, none empty")
@@ -204,8 +210,10 @@ class Responder:
         """
         window, wanted = self.engine.window, settings.max_new_tokens
         ids = self.tokenizer.encode(prompt.instruction, prompt.context)
-        if settings.on_overflow == "truncate_context" and prompt.context and len(ids) + wanted > window:
-            ids = self._with_shorter_context(prompt, window - wanted)
+        # A context gives way until the answer has what it wants, but not more than half of the window for it.
+        limit = window - min(wanted, window // 2)
+        if settings.on_overflow == "truncate_context" and prompt.context and len(ids) > limit:
+            ids = self._with_shorter_context(prompt, limit)
         room = window - len(ids)
         if room < 1:
             whole = prompt.context and settings.on_overflow == "error"  # else all of a context has been cut already
@@ -222,9 +230,10 @@ class Responder:
         return ids, min(wanted, room)
 
     def _with_shorter_context(self, prompt: Prompt, limit: int) -> list[int]:
-        """Ids of the prompt with the longest beginning of its context that keeps it within `limit` tokens.
+        """Ids of the prompt with as much of its context's beginning as keeps it within `limit` tokens.
 
-        Without any context it may still be longer than `limit`: the instruction is never cut.
+        Bisection: a few characters more may fit where they complete a word that is one token. Without any context the
+        prompt may still be longer than `limit`: the instruction is never cut.
         """
         assert prompt.context is not None
         low, high = 0, len(prompt.context)  # low fits (or is 0), high does not
@@ -244,5 +253,5 @@ def _seeds(settings: GenerationSettings) -> list[int]:
     """One per returned sequence. Each input of a list starts from the same seed, as if it were asked alone."""
     first = settings.seed
     if first is None:
-        first = int(torch.randint(0, 2**62, ()))
-    return [(first + i) % 2**63 for i in range(settings.num_return_sequences)]
+        first = int(torch.randint(0, SEEDS, ()))
+    return [(first + i) % SEEDS for i in range(settings.num_return_sequences)]

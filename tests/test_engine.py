@@ -284,3 +284,11 @@ def test_running_out_of_memory_is_an_error_that_names_the_remedy(engine, varied,
     finally:
         hook.remove()
     assert engine.generate(varied, slots=3) == alone  # the lock of a failed pass is free again
+
+
+def test_output_that_is_not_finite_is_an_error_and_no_answer():
+    model = random_model()
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = float("nan")
+    with pytest.raises(HardwareError, match="not finite in float32"):
+        our_engine(model).generate([Request([1, 2, 3], 5)])

@@ -34,6 +34,15 @@ def narrow(responder: Responder, window: int) -> Responder:
     return Responder(Engine(responder.engine.net, responder.engine.device, window), responder.tokenizer)
 
 
+@pytest.fixture
+def warnings(monkeypatch) -> list[logging.LogRecord]:
+    """What our logger is told; caplog hears nothing once modelscope has set its logger not to propagate."""
+    told, handler = [], logging.Handler()
+    handler.emit = told.append
+    monkeypatch.setattr(logging.getLogger("modelscope.dolly"), "handlers", [handler])
+    return told
+
+
 @pytest.fixture(scope="module")
 def prompts(records) -> list[Prompt]:
     return [Prompt(record["instruction"], record["context"]) for record in records[:10]]
@@ -47,7 +56,7 @@ BAD_VALUES = [
     ("top_p", [0, 1.01, -0.5, float("nan"), "0.9", True, None], "a number in (0, 1]"),
     ("repetition_penalty", [0, -2, float("inf"), "1", None], "above 0"),
     ("num_return_sequences", [0, 1.0, None], "a whole number of at least 1"),
-    ("seed", [-1, 0.5, 2**63, "1", True], "None or a whole number, 0 to 2^63-1"),
+    ("seed", [-1, 0.5, 2**32, "1", True], "None or a whole number, 0 to 4294967295"),
     ("stop", ["", ["a", ""], [1], 5, {"a": 1}], "a text or a list of texts, none empty"),
     ("return_full_text", [0, "no", None], "True or False"),
     ("on_overflow", ["truncate", None, []], "one of error, truncate_context"),
@@ -60,10 +69,8 @@ def test_a_bad_value_is_one_error_that_names_keyword_value_and_what_is_allowed(n
         with pytest.raises(SettingError) as caught:
             chosen(**{name: value})
         assert str(caught.value).startswith(f"{name} is {value!r}, it must be {allowed}"), value
-
-
-def test_every_keyword_has_bad_values_here():
-    assert [row[0] for row in BAD_VALUES] == NAMES
+        assert str(caught.value).count("it must be") == 1
+    assert [row[0] for row in BAD_VALUES] == NAMES  # so every keyword is tested here
 
 
 def test_several_problems_are_reported_together():
@@ -71,31 +78,24 @@ def test_several_problems_are_reported_together():
         chosen(top_p=2, temperature=-1, seed="x")
     named = [message.split(" is ")[0] for message in str(caught.value).split("; ")]
     assert named == ["temperature", "top_p", "seed"]
-
-
-@pytest.mark.parametrize(("name", "near"), [("max_tokens", "max_new_tokens"), ("topp", "top_p"), ("stops", "stop")])
-def test_an_unknown_keyword_suggests_the_nearest_one(name, near):
-    with pytest.raises(SettingError, match=f"unknown keyword '{name}'. Did you mean '{near}'"):
-        chosen(**{name: 1})
-
-
-def test_several_greedy_sequences_are_refused():
     with pytest.raises(SettingError, match="do_sample is False, it must be True for several sequences"):
         chosen(do_sample=False, num_return_sequences=2)
 
 
-@pytest.mark.parametrize(
-    ("stop", "stored"), [("\n", ("\n",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), (None, ()), ([], ()), ((), ())]
-)
-def test_stop_is_one_text_or_several(stop, stored):
-    assert chosen(stop=stop).stop == stored
+def test_an_unknown_keyword_suggests_the_nearest_one():
+    for name, near in (("max_tokens", "max_new_tokens"), ("topp", "top_p")):
+        with pytest.raises(SettingError, match=f"unknown keyword '{name}'. Did you mean '{near}'"):
+            chosen(**{name: 1})
 
 
-def test_settings_build_on_settings_and_stay_as_they_are():
+def test_stop_is_one_text_or_several():
+    for stop, stored in (("\n", ("\n",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), (None, ()), ([], ())):
+        assert chosen(stop=stop).stop == stored
+
+
+def test_settings_build_on_settings():
     base = chosen(temperature=0.5, top_k=None)
-    assert (base.temperature, base.top_k) == (0.5, 0)
-    assert base.updated({"top_p": 1}).temperature == 0.5
-    assert base.updated({}) == base
+    assert (base.temperature, base.top_k, base.updated({"top_p": 1}).temperature) == (0.5, 0, 0.5)
     assert chosen() == GenerationSettings()
 
 
@@ -115,63 +115,43 @@ def test_any_keywords_are_settings_or_a_setting_error(keywords):
 
 
 def test_an_input_is_a_text_or_a_dict():
-    assert (
-        parse_input("Why?") == parse_input({"instruction": "Why?"}) == parse_input({"text": "Why?"}) == Prompt("Why?")
-    )
+    for value in ("Why?", {"instruction": "Why?"}, {"text": "Why?"}, {"instruction": "Why?", "context": None}):
+        assert parse_input(value) == Prompt("Why?")
     assert parse_input({"instruction": "Why?", "context": "So."}) == Prompt("Why?", "So.")
-    assert parse_input({"instruction": "Why?", "context": None}) == Prompt("Why?")
-
-
-def test_a_record_of_the_data_set_can_be_asked_as_it_is(records):
-    found = [parse_input(record) for record in records]
-    assert len(found) == 128
-    assert found == [Prompt(record["instruction"], record["context"]) for record in records]
+    record = {"instruction": "Why?", "context": "", "response": "So.", "category": "open_qa"}
+    assert parse_input(record) == Prompt("Why?", "")
+    assert parse_input({"instruction": "Why?", "id": 7}, ignore_unknown=True) == Prompt("Why?")  # a data set's row
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         (5, "found int"),
-        (["Why?"], "found list"),
         (None, "found NoneType"),
         ("  ", "instruction is empty"),
         ({}, "either 'instruction' or 'text', found keys: none"),
-        ({"context": "c"}, "either 'instruction' or 'text', found keys: context"),
         ({"text": "a", "instruction": "b"}, "either 'instruction' or 'text', found keys: text, instruction"),
         ({"instruction": "a", "contxt": "b"}, "unknown input key 'contxt'. Did you mean 'context'"),
         ({"instruction": "a", 5: "b"}, "unknown input key '5'"),
         ({"instruction": None}, "instruction must be a string, found NoneType"),
         ({"instruction": "a", "context": 5}, "context must be a string, found int"),
         ({"instruction": "a", "context": "\ud83d"}, "context is not valid Unicode"),
-        ({"text": "\udc00"}, "instruction is not valid Unicode"),
     ],
 )
 def test_a_wrong_input_is_a_prompt_error_that_says_what_is_wrong(value, message):
-    with pytest.raises(PromptError, match=message.replace("(", r"\(")):
+    with pytest.raises(PromptError, match=message):
         parse_input(value)
 
 
-def test_other_keys_pass_where_rows_of_a_data_set_are_read():
-    assert parse_input({"instruction": "a", "id": 7}, ignore_unknown=True) == Prompt("a")
-
-
-def test_a_prompt_that_fits_leaves_its_settings_alone(responder, caplog):
-    ids, room = responder.fit(Prompt("What is dew?", "Water."), chosen(max_new_tokens=9))
-    assert (ids, room) == (responder.tokenizer.encode("What is dew?", "Water."), 9)
-    assert caplog.records == []
-
-
-def test_max_new_tokens_is_cut_to_the_window_with_a_warning(responder, caplog):
+def test_max_new_tokens_is_cut_to_the_window_with_a_warning(responder, warnings):
     ids = responder.tokenizer.encode("What is dew?")
     short = narrow(responder, len(ids) + 5)
     for wanted, room in ((4, 4), (5, 5), (6, 5), (2000, 5)):
-        caplog.clear()
+        warnings.clear()
         assert short.fit(Prompt("What is dew?"), chosen(max_new_tokens=wanted)) == (ids, room)
-        expected = [
-            f"max_new_tokens cut from {wanted} to 5: the prompt has {len(ids)} tokens, the window {len(ids) + 5}"
-        ]
-        assert [record.getMessage() for record in caplog.records] == (expected if wanted > 5 else [])
-        assert all((r.name, r.levelno) == ("modelscope.dolly", logging.WARNING) for r in caplog.records)
+        cut = f"max_new_tokens cut from {wanted} to 5: the prompt has {len(ids)} tokens, the window {len(ids) + 5}"
+        assert [record.getMessage() for record in warnings] == [cut] * (wanted > 5)
+        assert all((r.name, r.levelno) == ("modelscope.dolly", logging.WARNING) for r in warnings)
 
 
 @pytest.mark.parametrize("context", [None, "Dew is water."])
@@ -192,13 +172,9 @@ def kept_context(tokenizer: DollyTokenizer, ids: list[int], prompt: Prompt) -> s
     begin = ids.index(control.instruction)
     assert tokenizer.decode(ids[:begin]) == f"{INTRO}\n\n" and ids[-1] == control.response
     body = tokenizer.decode(ids[begin + 1 : -1])
-    head = f"\n{prompt.instruction}\n\n"
-    assert body.startswith(head)
-    section = body.removeprefix(head)
-    if not section:
-        return ""
-    assert section.startswith("Input:\n") and section.endswith("\n\n")
-    return section.removeprefix("Input:\n").removesuffix("\n\n")
+    head = f"\n{prompt.instruction}\n\nInput:\n"
+    assert body.startswith(head) and body.endswith("\n\n")
+    return body.removeprefix(head).removesuffix("\n\n")
 
 
 CONTEXTS = {
@@ -212,28 +188,27 @@ CONTEXTS = {
 
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 @pytest.mark.parametrize("wanted", [16, 60])
-def test_a_context_that_is_too_long_keeps_its_longest_beginning(responder, caplog, context, wanted):
+def test_a_context_that_is_too_long_keeps_its_longest_beginning(responder, warnings, context, wanted):
     prompt, tokenizer, window = Prompt("What is dew?", context), responder.tokenizer, 200
     options = chosen(max_new_tokens=wanted, on_overflow="truncate_context")
     ids, room = narrow(responder, window).fit(prompt, options)
-    assert room == wanted and len(ids) + wanted <= window
     kept = kept_context(tokenizer, ids, prompt)
-    assert kept and context.startswith(kept)
+    assert room == wanted and len(ids) + wanted <= window and kept and context.startswith(kept)
     sizes = [len(tokenizer.encode(prompt.instruction, context[:end])) for end in range(1, len(context) + 1)]
     longest = max(end for end, size in enumerate(sizes, start=1) if size + wanted <= window)
     # Not always to the character: a few characters more can be fewer tokens, where they complete a word.
     assert longest - len(kept) <= 6
     assert sizes[len(kept)] + wanted > window  # one more character does not fit
-    [record] = caplog.records
-    assert record.getMessage().startswith(f"context cut from {len(context)} to {len(kept)} characters")
+    [warning] = warnings
+    assert warning.getMessage().startswith(f"context cut from {len(context)} to {len(kept)} characters")
 
 
-def test_a_context_that_fits_is_not_shortened(responder, caplog):
+def test_a_context_that_fits_is_not_shortened(responder, warnings):
     prompt = Prompt("What is dew?", CONTEXTS["words"])
     whole = responder.tokenizer.encode(prompt.instruction, prompt.context)
     exact = narrow(responder, len(whole) + 30)
     assert exact.fit(prompt, chosen(max_new_tokens=30, on_overflow="truncate_context")) == (whole, 30)
-    assert caplog.records == []
+    assert warnings == []
 
 
 def test_an_instruction_that_is_too_long_alone_is_an_error_that_says_so(responder):
@@ -271,10 +246,9 @@ def test_several_sequences_take_the_seeds_that_follow(responder, prompts):
     several = texts(responder, prompts[:2], seed=40, num_return_sequences=3, **options)
     assert len(several) == 2 and len(set(several[0])) == 3
     for place in range(3):
-        assert [group[place : place + 1] for group in several] == texts(
-            responder, prompts[:2], seed=40 + place, **options
-        )
-    last = texts(responder, prompts[:1], seed=2**63 - 1, num_return_sequences=2, **options)
+        one = texts(responder, prompts[:2], seed=40 + place, **options)
+        assert [group[place : place + 1] for group in several] == one
+    last = texts(responder, prompts[:1], seed=2**32 - 1, num_return_sequences=2, **options)
     assert last[0][1] == texts(responder, prompts[:1], seed=0, **options)[0][0]
 
 
@@ -284,9 +258,9 @@ def test_without_a_seed_torch_decides(responder, prompts):
 
     torch.manual_seed(5)
     first, second = ask(), ask()
+    assert first != second
     torch.manual_seed(5)
     assert [ask(), ask()] == [first, second]
-    assert first != second
     state = torch.random.get_rng_state()
     ask(seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -303,6 +277,8 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(responder, prompts)
     [[update]] = responder.answers(prompts[:1], chosen(stop=stop, **GREEDY), 1)
     assert update.text == whole[: whole.index(stop)].strip()
     assert update.finish_reason == "stop" and update.new_tokens < 24
+    never = whole[-2:] + "\x00"  # its beginning is held back, and shown after all when nothing more comes
+    assert texts(responder, prompts[:1], stop=["\x01", never], **GREEDY) == [[whole]]
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -310,8 +286,7 @@ def test_updates_of_an_answer_only_grow_and_end_once(responder, prompts, full):
     options = chosen(max_new_tokens=30, seed=3, num_return_sequences=2, return_full_text=full)
     seen: dict[int, list] = {index: [] for index in range(2 * len(prompts))}
     for update in responder.respond(prompts, options, slots=5):
-        before = seen[update.index]
-        if before:
+        if before := seen[update.index]:
             assert before[-1].finish_reason is None
             assert update.text.startswith(before[-1].text)
             assert update.new_tokens >= before[-1].new_tokens
@@ -319,11 +294,7 @@ def test_updates_of_an_answer_only_grow_and_end_once(responder, prompts, full):
         before.append(update)
     for index, updates in seen.items():
         prompt = prompts[index // 2]
-        assert updates[-1].finish_reason in ("stop", "length")
-        assert updates[-1].new_tokens <= 30
+        assert updates[-1].finish_reason in ("stop", "length") and updates[-1].new_tokens <= 30
         assert updates[-1].prompt_tokens == len(responder.tokenizer.encode(prompt.instruction, prompt.context))
     assert sum(len(updates) for updates in seen.values()) > 10 * len(seen)
-
-
-def test_no_prompts_give_no_answers(responder):
-    assert responder.answers([], chosen(), 4) == []
+    assert responder.answers([], options, slots=5) == []

@@ -16,7 +16,8 @@ from conftest import random_model
 from modelscope_dolly.checkpoint import open_checkpoint
 from modelscope_dolly.errors import CheckpointError
 from modelscope_dolly.export import export_checkpoint
-from modelscope_dolly.model import DollyForTextGeneration, load_network
+from modelscope_dolly.loading import load_network
+from modelscope_dolly.model import DollyForTextGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "Name three colours of the rainbow."
@@ -133,7 +134,7 @@ _MEASURE = """
 import json, sys, threading
 import torch
 from modelscope_dolly.checkpoint import open_checkpoint
-from modelscope_dolly.model import load_network
+from modelscope_dolly.loading import load_network
 
 def anonymous():  # pages of mapped files, which the system takes back when it needs them, are not among these
     with open("/proc/self/status") as file:
