@@ -68,6 +68,8 @@ def locate(model: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: neither a directory nor a model that the hub gives us.
     """
+    if not model.strip():
+        raise CheckpointError("the name of the model is empty; give a directory or a hub id of the form owner/name")
     path = Path(os.path.expanduser(model))  # unlike Path.expanduser, leaves the name of an unknown user as it is
     if path.is_dir():
         return path
@@ -163,6 +165,7 @@ def read_config(path: Path) -> GPTNeoXConfig:
         config = GPTNeoXConfig(**{key: raw[key] for key in (*_REQUIRED, *_OPTIONAL) if key in raw})
         config.rope_parameters = {key: value for key, value in config.rope_parameters.items()}
         _check_constants(config)
+        _check_spellings(raw)
     except Exception as error:  # transformers validates with errors of several kinds
         raise CheckpointError(f"{file}: {one_line(error)}") from None
     return config
@@ -191,6 +194,14 @@ def _check_constants(config: GPTNeoXConfig) -> None:
     wrong = [message for message, holds in sound.items() if not holds]
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def _check_spellings(raw: dict) -> None:
+    """Old and new rope keys, where both are there, must agree: readers of either would compute another network."""
+    rope = raw.get("rope_parameters") or {}
+    for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
+        if old in raw and new in rope and raw[old] != rope[new]:
+            raise ValueError(f"{old} is {raw[old]!r}, but rope_parameters says {new} {rope[new]!r}; make them equal")
 
 
 def read_tokenizer(path: Path) -> DollyTokenizer:

@@ -180,7 +180,7 @@ class Trunk(nn.Module):
 
 
 class NeoX(nn.Module):
-    """The whole network. Build it under `torch.device("meta")` and give it weights with checkpoint.load_weights."""
+    """The whole network. Build it under `torch.device("meta")` and give it weights with loading.load_network."""
 
     def __init__(self, config: GPTNeoXConfig):
         super().__init__()

@@ -22,7 +22,8 @@ Places = dict[str, tuple[Path, str]]
 
 #: Buffers in files of 2023; transformers computes them now, and so do we.
 _LEGACY = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
-_FLOATING = re.compile(r"B?F\d\w*|torch\.b?float\d\w*")  # as safetensors and torch spell number types
+#: As safetensors and torch spell number types. Eight bits and fewer mean nothing without their scales.
+_FLOATING = re.compile(r"(BF16|F16|F32|F64)|torch\.(bfloat16|float16|float32|float64)")
 _ALIASES = {"lm_head.weight": "embed_out.weight"}  # transformers 5 calls it so in memory
 
 
@@ -131,7 +132,9 @@ def inventory(path: Path, expected: dict[str, tuple[int, ...]], files: list[Path
             elif shape != expected[name]:
                 wrong.append(f"{file}: {name} has shape {list(shape)}, config.json says {list(expected[name])}")
             elif not _FLOATING.fullmatch(weights.number_type(stored)):
-                wrong.append(f"{file}: {name} has type {weights.number_type(stored)}, expected floating point")
+                wrong.append(
+                    f"{file}: {name} has type {weights.number_type(stored)}, expected bf16, fp16, fp32 or fp64"
+                )
             found.setdefault(name, (file, stored))
     for name in expected:
         if name not in found:

@@ -276,3 +276,14 @@ def test_100_damages_of_a_directory_without_manifest_give_a_dolly_error_or_an_an
     print(f"seed {seed}: {dict(outcomes)}")
     assert outcomes.total() == 100
     assert min(outcomes["refused"], outcomes["loaded"]) > 10
+
+
+@pytest.mark.parametrize(("old", "value"), [("rotary_pct", 0.5), ("rotary_emb_base", 5000)])
+def test_spellings_that_disagree_are_refused(plain, old, value):
+    layouts.edit_json(plain / "config.json", **{old: value})
+    layouts.refusal(plain, "config.json", f"{old} is {value}", "rope_parameters says")
+
+
+def test_an_empty_name_is_no_directory():
+    with pytest.raises(CheckpointError, match="name of the model is empty"):
+        locate(" ")
