@@ -149,8 +149,8 @@ STATE_DAMAGES = {
     ),
     "unexpected tensor": (lambda s: s.update(extra=torch.zeros(2)), ("unexpected tensor extra [2]",)),
     "missing tensor": (lambda s: s.pop(NORM), (f"tensor {NORM} [64]", "expected by config.json, is in no weight file")),
-    "integers": (lambda s: s.update({NORM: s[NORM].to(torch.int8)}), (NORM, "I8", "expected floating point")),
-    "complex numbers": (lambda s: s.update({NORM: s[NORM].to(torch.complex64)}), (NORM, "expected floating point")),
+    "integers": (lambda s: s.update({NORM: s[NORM].to(torch.int8)}), (NORM, "I8", "expected bf16")),
+    "complex numbers": (lambda s: s.update({NORM: s[NORM].to(torch.complex64)}), (NORM, "expected bf16")),
     "the head twice": (
         lambda s: s.update({"lm_head.weight": s["embed_out.weight"].clone()}),
         ("embed_out.weight is also in model.safetensors",),
