@@ -204,8 +204,13 @@ def _check_spellings(raw: dict) -> None:
             raise ValueError(f"{old} is {raw[old]!r}, but rope_parameters says {new} {rope[new]!r}; make them equal")
 
 
-def read_tokenizer(path: Path) -> DollyTokenizer:
-    """tokenizer.json as it is, plus the keys where only special_tokens_map.json or tokenizer_config.json names them."""
+def read_tokenizer(path: Path, add_keys: bool = False) -> DollyTokenizer:
+    """tokenizer.json as it is, plus the keys where only special_tokens_map.json or tokenizer_config.json names them.
+
+    Args:
+        path: the directory.
+        add_keys: add keys that are named nowhere, which makes a base model's tokenizer dolly's, as training does.
+    """
     file = path / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{file}: missing")
@@ -214,7 +219,8 @@ def read_tokenizer(path: Path) -> DollyTokenizer:
 
     try:
         backend = Tokenizer.from_file(str(file))
-        named = [token for token in _named_special_tokens(path) if token in CONTROL_KEYS]
+        named = [*(token for token in _named_special_tokens(path) if token in CONTROL_KEYS)]
+        named += CONTROL_KEYS if add_keys else ()
         present = [token for token in CONTROL_KEYS if backend.token_to_id(token) is not None]
         # Adding a token that is there keeps its id and marks it as special, whatever the file said.
         keys = [*present, *(token for token in dict.fromkeys(named) if token not in present)]

@@ -21,6 +21,7 @@ from .manifest import read_json
 from .prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, chat_template
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GPTNeoXForCausalLM
 
 SHARD_SIZE = "5GB"
@@ -61,7 +62,11 @@ def _check_free(target: Path, replace: bool) -> None:
 
 
 def export_checkpoint(
-    model: GPTNeoXForCausalLM, tokenizer: DollyTokenizer, target: str | Path, replace: bool = False
+    model: GPTNeoXForCausalLM,
+    tokenizer: DollyTokenizer,
+    target: str | Path,
+    replace: bool = False,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Save a trained network and its tokenizer as a complete directory.
 
@@ -70,9 +75,10 @@ def export_checkpoint(
         tokenizer: with the three keys.
         target: the new directory.
         replace: allow an existing one to be replaced, at the last moment.
+        state: the weights, where those of `model` itself are spread over processes.
     """
     with new_directory(Path(target), replace) as directory:
-        model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_SIZE)
         tokenizer.tokenizer.save_pretrained(directory)
         finish_directory(directory, tokenizer)
     return Path(target)
@@ -119,6 +125,7 @@ def both_spellings(config: dict) -> dict:
     }
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["architectures"] = ["GPTNeoXForCausalLM"]  # not the name of a class that trained it
     config["use_cache"] = True  # training turns it off, and a reader that believes it is ten times slower
     return config
 

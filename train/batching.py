@@ -35,6 +35,7 @@ class Plan:
         world: ranks.
         accumulation: forward passes of one rank in one step; the same in every step, as DeepSpeed wants it.
         tokens: in all records of all steps.
+        step_tokens: in the records of each step.
         processed: tokens that ranks work on, padding included.
         waited: the same, counted as if every rank took as long as the busiest one of each pass, which it does when
             gradients or weights are exchanged.
@@ -47,12 +48,19 @@ class Plan:
     tokens: int
     processed: int
     waited: int
+    step_tokens: tuple[int, ...]
     largest: tuple[int, int, int, int]
 
     @property
     def hash(self) -> str:
         """SHA-256 of the assignment."""
-        return hashlib.sha256(json.dumps(self.steps, separators=(",", ":")).encode()).hexdigest()
+        return _sha256(self.steps)
+
+    @property
+    def order_hash(self) -> str:
+        """SHA-256 of which records make each step and how long they are: the same on any number of ranks."""
+        contents = [sorted(i for rank in step for records in rank for i in records) for step in self.steps]
+        return _sha256([contents, self.step_tokens])
 
     def summary(self) -> dict:
         """Figures for people and for run.json."""
@@ -174,7 +182,8 @@ def _check(lengths: Sequence[int], world: int, global_batch_size: int) -> None:
 
 
 def _measured(steps: tuple, world: int, accumulation: int, lengths: Sequence[int], padded: bool) -> Plan:
-    tokens = processed = waited = 0
+    step_tokens = []
+    processed = waited = 0
     largest = (0, 0, 0, 0)
     for number, ranks in enumerate(steps):
         for turn in range(accumulation):
@@ -184,5 +193,9 @@ def _measured(steps: tuple, world: int, accumulation: int, lengths: Sequence[int
             for rank, load in enumerate(loads):
                 if load > largest[0]:
                     largest = (load, number, rank, turn)
-        tokens += sum(lengths[record] for rank in ranks for records in rank for record in records)
-    return Plan(steps, world, accumulation, tokens, processed, waited, largest)
+        step_tokens.append(sum(lengths[record] for rank in ranks for records in rank for record in records))
+    return Plan(steps, world, accumulation, sum(step_tokens), processed, waited, tuple(step_tokens), largest)
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()

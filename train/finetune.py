@@ -1,0 +1,283 @@
+"""The recipe: fine-tune a GPT-NeoX on instruction records, as dolly-v2 was, without its padding.
+
+    python -m train.finetune train/recipes/dolly-v2-3b.yaml                       one process
+    deepspeed --module train.finetune train/recipes/dolly-v2-3b.yaml              all GPUs of this machine
+    torchrun --nproc-per-node 8 --module train.finetune train/recipes/dolly-v2-3b.yaml
+
+Reads from top to bottom: settings, records, plan, hardware, model, training, export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPTNeoXForCausalLM, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+import modelscope_dolly
+from modelscope_dolly import manifest
+from modelscope_dolly.check import check_directory
+from modelscope_dolly.checkpoint import locate, read_config, read_tokenizer
+from modelscope_dolly.errors import DollyError, SettingError
+from modelscope_dolly.export import export_checkpoint
+from train import attention
+from train.batching import Plan, packed_plan, padded_plan
+from train.checkpoints import RunCheckpoint, check_disk, choose_resume
+from train.config import Resolved, TrainConfig, add_flags, resolve
+from train.planning import Hardware, Job, choose
+from train.records import Checked, check_records, read_records, split
+from train.trainer import DollyTrainer, LossOf, Metrics, PlannedPasses, SaveOnSignal, StopOnBadLoss
+
+FINAL = "final"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="train.finetune", description="Fine-tune dolly-v2.", allow_abbrev=False)
+    add_flags(parser)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    options = parser.parse_args(arguments)
+    try:
+        run(resolve(options))
+    except DollyError as error:
+        if _rank() == 0:
+            print(f"train.finetune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(resolved: Resolved) -> Path:
+    """Train as configured; returns the directory of the finished model.
+
+    Raises:
+        DollyError: bad settings or records, before anything is written; or a run that cannot go on.
+    """
+    config = resolved.config
+    world, first = _world(), _rank() == 0
+    say = print if first else _silent
+    say(resolved.table())
+    output = Path(config.output_dir)
+    if (output / FINAL).exists():
+        raise SettingError(f"{output / FINAL}: this run is finished; give another output_dir, or remove it")
+
+    # Records and plan: every process makes the same ones.
+    base = locate(config.model, config.model_revision)
+    network = read_config(base)
+    tokenizer = read_tokenizer(base, add_keys=True)
+    network.vocab_size = len(tokenizer.tokenizer)
+    if config.max_length > network.max_position_embeddings:
+        raise SettingError(
+            f"max_length is {config.max_length}, {config.model} has {network.max_position_embeddings} positions"
+        )
+    source = read_records(config.dataset, config.columns)
+    checked = check_records(source, tokenizer, config.max_length, config.strict)
+    say(checked.report)
+    train_part, test_part = split(len(checked.ids), config.test_size, config.seed)
+    examples = [(checked.ids[i], checked.prompt_lengths[i]) for i in train_part]
+    held_out = [(checked.ids[i], checked.prompt_lengths[i]) for i in test_part]
+    plan = make_plan(config, [len(ids) for ids, _ in examples], world)
+    say(", ".join(f"{name} {value}" for name, value in plan.summary().items()))
+
+    # Hardware: what fits, and why.
+    job = Job(network, plan.largest[0], None, config.checkpoint_activations)
+    choice = choose(job, Hardware.here(output), config.zero_stage, config.offload, config.dtype)
+    use_deepspeed = choice.stage > 0 or world > 1
+    say(f"{choice.dtype} ({choice.dtype_reason}); ZeRO {choice.stage}, offload {choice.offload} ({choice.reason})")
+    say(
+        "optimizer by DeepSpeed" if use_deepspeed else "one process and ZeRO 0: transformers' Trainer without DeepSpeed"
+    )
+    checkpoint_bytes = 14 * job.parameters
+    check_disk(output, checkpoint_bytes * (config.keep_checkpoints + 1) + 4 * job.parameters, "the run")
+    resume, lines = choose_resume(output, config.resume, plan.order_hash)
+    for line in lines:
+        say(line)
+    if resume is not None and resume.world != world:
+        raise SettingError(
+            f"{resume.path} was saved by {resume.world} processes and this run has {world}: start as many"
+        )
+
+    # Training. The arguments come before the model: with ZeRO 3 they make from_pretrained shard while it loads.
+    if first:
+        output.mkdir(parents=True, exist_ok=True)
+        record_run(output / "run.json", resolved, checked, plan, choice.reason, world, resume)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    set_seed(config.seed)
+    arguments = training_arguments(config, plan, choice, use_deepspeed)
+    model = load_base(base, tokenizer, config)
+    metrics = Metrics(output / "metrics.jsonl", plan)
+    trainer = DollyTrainer(
+        config,
+        plan,
+        checkpoint_bytes,
+        held_out,
+        model=model,
+        args=arguments,
+        train_dataset=PlannedPasses(plan, examples, tokenizer.control.eos, config.batching == "padded"),
+        callbacks=[metrics, StopOnBadLoss(), stopper := SaveOnSignal()],
+    )
+    trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
+    if stopper.received:
+        raise DollyError(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on from there")
+
+    # Export: whatever spread the weights over processes brings them together here.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if first:
+        finish(trainer, state, tokenizer, choice.dtype, output / FINAL)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return output / FINAL
+
+
+def make_plan(config: TrainConfig, lengths: Sequence[int], world: int) -> Plan:
+    """The batch plan these settings ask for."""
+    shared = (lengths, config.seed, config.epochs, config.global_batch_size, world)
+    if config.batching == "padded":
+        return padded_plan(*shared, config.padded_batch_size)
+    return packed_plan(*shared, config.tokens_per_batch)
+
+
+def training_arguments(config: TrainConfig, plan: Plan, choice: Any, use_deepspeed: bool) -> TrainingArguments:
+    """The Trainer's settings; batches and schedule are the plan's and ours."""
+    report_to = [name.strip() for name in config.report_to.split(",") if name.strip() != "none"]
+    if report_to == ["tensorboard"]:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.output_dir) / "tensorboard"))
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=len(plan.steps),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=plan.accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.gradient_clip,
+        optim="adamw_torch",
+        bf16=choice.dtype == "bf16",
+        fp16=choice.dtype == "fp16",
+        use_cpu=choice.hardware.cpu_only,
+        deepspeed=deepspeed_settings(choice) if use_deepspeed else None,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        eval_strategy="steps" if config.eval_every and config.test_size else "no",
+        eval_steps=config.eval_every or None,
+        logging_steps=1,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # StopOnBadLoss must see them
+        report_to=report_to or "none",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        seed=config.seed,
+        disable_tqdm=None if sys.stderr.isatty() else True,
+    )
+
+
+def deepspeed_settings(choice: Any) -> dict:
+    """DeepSpeed's configuration: what differs from its defaults. `auto` takes the Trainer's value."""
+    zero: dict[str, Any] = {"stage": choice.stage, "overlap_comm": True, "contiguous_gradients": True}
+    settings: dict[str, Any] = {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "gradient_accumulation_steps": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": choice.dtype == "bf16"},
+        "fp16": {"enabled": choice.dtype == "fp16"},
+        "steps_per_print": 2**31 - 1,
+    }
+    if choice.stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if choice.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+        settings["optimizer"] = {"type": "AdamW", "params": adam}  # the one that computes on the host
+    if choice.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if choice.hardware.cpu_only:
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling that gloo does without
+    return settings
+
+
+def load_base(base: Path, tokenizer: Any, config: TrainConfig) -> LossOf:
+    """The base model in float32, its vocabulary cut or extended to the tokenizer's, as the public recipe does."""
+    implementation = "sdpa" if config.batching == "padded" else attention.NAME
+    model, report = GPTNeoXForCausalLM.from_pretrained(
+        str(base), dtype=torch.float32, attn_implementation=implementation, output_loading_info=True
+    )
+    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise DollyError(
+            f"{base}: {len(wrong)} weights were not loaded, among them {wrong[0]}; run: dolly check {base}"
+        )
+    if model.config.vocab_size != len(tokenizer.tokenizer):
+        model.resize_token_embeddings(len(tokenizer.tokenizer), mean_resizing=False)
+    if config.checkpoint_activations:
+        # Renamed in transformers 5; the old name goes in 6.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return LossOf(model)
+
+
+def finish(trainer: DollyTrainer, state: dict, tokenizer: Any, dtype: str, target: Path) -> None:
+    """Export the trained weights, read the result back, and say what is wrong with it if anything is."""
+    saved = torch.float32 if dtype == "fp32" else torch.bfloat16 if dtype == "bf16" else torch.float16
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped).network
+    model.config.dtype = saved
+    weights = {name.removeprefix("network."): tensor.to(saved) for name, tensor in state.items()}
+    export_checkpoint(model, tokenizer, target, state=weights)
+    problems = [finding.detail for finding in check_directory(target) if finding.status == "problem"]
+    if problems:
+        raise DollyError(f"{target} was written, but is not sound: {'; '.join(problems)}")
+    print(f"wrote {target}; try: dolly ask --model {target} 'Name three colours.'")
+
+
+def record_run(
+    path: Path, resolved: Resolved, checked: Checked, plan: Plan, reason: str, world: int, resume: RunCheckpoint | None
+) -> None:
+    """run.json: every setting with its origin, versions, and hashes; earlier starts of the same run are kept in it."""
+    versions = {
+        name: sys.modules[name].__version__ for name in ("torch", "transformers", "deepspeed") if name in sys.modules
+    }
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "settings": dataclasses.asdict(resolved.config),
+        "origins": resolved.origins,
+        "records": checked.report.as_dict(),
+        "plan": plan.summary() | {"order_hash": plan.order_hash},
+        "world": world,
+        "reason": reason,
+        "resumed_from": str(resume.path) if resume else None,
+        "versions": {"modelscope_dolly": modelscope_dolly.__version__, "python": platform.python_version(), **versions},
+    }
+    earlier = json.loads(path.read_text())["starts"] if path.exists() else []
+    manifest.write_atomically(path, json.dumps({"starts": [*earlier, start]}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _silent(*_: object) -> None:
+    """What processes other than the first print."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
