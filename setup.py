@@ -18,7 +18,7 @@ RUN = [
     "psutil>=5.9",
     "tqdm>=4.60",
 ]
-TRAIN = ["deepspeed>=0.18"]
+TRAIN = ["deepspeed>=0.18", "peft>=0.17", "tensorboard>=2.16", "matplotlib>=3.8", "PyYAML>=6"]
 EVAL = ["lm-eval>=0.4.9"]
 DEV = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "setuptools>=64", "wheel"]
 

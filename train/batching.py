@@ -62,6 +62,10 @@ class Plan:
         contents = [sorted(i for rank in step for records in rank for i in records) for step in self.steps]
         return _sha256([contents, self.step_tokens])
 
+    def shortened(self, steps: int, lengths: Sequence[int], padded: bool) -> Plan:
+        """The first `steps` steps only."""
+        return _measured(self.steps[:steps], self.world, self.accumulation, lengths, padded)
+
     def summary(self) -> dict:
         """Figures for people and for run.json."""
         return {

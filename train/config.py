@@ -48,6 +48,7 @@ class TrainConfig:
     test_size: int = _option(200, "records held out for evaluation")
     seed: int = _option(42, "of the split, the order of the records, and the adapters")
     epochs: int = _option(2, "passes over the records")
+    max_steps: int = _option(0, "stop after so many optimizer steps, for trials; 0: all")
     global_batch_size: int = _option(48, "records per optimizer step, over all ranks and accumulation steps")
     batching: str = _option("packed", "packed: without padding; padded: as in 2023, for comparison", BATCHING)
     tokens_per_batch: int = _option(2048, "most tokens in one forward pass of one rank (packed)")
@@ -86,7 +87,7 @@ class TrainConfig:
         for name in ("max_length", "epochs", "global_batch_size", "tokens_per_batch", "padded_batch_size", "save_every",
                      "keep_checkpoints"):  # fmt: skip
             must(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("test_size", "seed", "warmup_steps", "eval_every", "gradient_clip", "weight_decay"):
+        for name in ("test_size", "seed", "max_steps", "warmup_steps", "eval_every", "gradient_clip", "weight_decay"):
             must(getattr(self, name) >= 0, name, "at least 0")
         must(self.learning_rate > 0, "learning_rate", "above 0")
         must(self.adam_epsilon > 0, "adam_epsilon", "above 0")

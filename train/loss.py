@@ -52,10 +52,10 @@ def response_loss(model: GPTNeoXForCausalLM, batch: dict[str, Any], label_total:
         batch: from packed_batch or padded_batch.
         label_total: response tokens of the global batch.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "all_logits")}
     hidden = model.gpt_neox(**inputs).last_hidden_state
     learned = batch["labels"] != IGNORED
-    logits = model.lm_head(hidden[learned])
+    logits = model.lm_head(hidden)[learned] if batch.get("all_logits") else model.lm_head(hidden[learned])
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     # With no label at all the sum is 0, and still a function of the weights, so that every rank joins the exchange.
@@ -65,7 +65,7 @@ def response_loss(model: GPTNeoXForCausalLM, batch: dict[str, Any], label_total:
 def padded_batch(
     records: Sequence[tuple[Sequence[int], int]], filler: int, multiple: int = 8, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """The same as packed_batch the 2023 way: one row per record, padded on the right to the longest, with a mask."""
+    """The same the 2023 way, for comparison: a row per record, padded to the longest, and logits of every token."""
     records = records or [((filler,), 1)]
     width = -(-max(len(tokens) for tokens, _ in records) // multiple) * multiple
     ids = torch.full((len(records), width), filler, device=device)
@@ -75,4 +75,4 @@ def padded_batch(
         ids[row, : len(tokens)] = torch.tensor(list(tokens))
         labels[row, prompt - 1 : len(tokens) - 1] = torch.tensor(list(tokens[prompt:]))
         mask[row, : len(tokens)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False, "all_logits": True}
