@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wanted the public hub must fail, not wait
+# A test that wants a public hub must fail, not reach it: the discard port of this machine answers nobody.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MODELSCOPE_ENDPOINT"] = os.environ["MODELSCOPE_DOMAIN"] = "http://127.0.0.1:9"
 
 import pytest
 import torch

@@ -34,9 +34,9 @@ def runnable() -> list:
 
 @pytest.fixture(scope="module")
 def place(checkpoint_dir, tmp_path_factory) -> Path:
-    """A directory where runs/nano is a checkpoint, as after make demo (with random weights)."""
+    """A directory where runs/nano/final is a checkpoint, as after make demo (with random weights)."""
     here = tmp_path_factory.mktemp("reader")
-    shutil.copytree(checkpoint_dir, here / "runs" / "nano")
+    shutil.copytree(checkpoint_dir, here / "runs" / "nano" / "final")
     return here
 
 

@@ -1,1 +1,8 @@
 """The training recipe. Run from a checkout; not part of the installed package."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed guesses the same, with a warning in every process

@@ -10,15 +10,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelscope_dolly.errors import DollyError, SettingError
+from safetensors import SafetensorError
+
+from modelscope_dolly.errors import DollyError, SettingError, one_line
 from modelscope_dolly.hardware import free_disk, gigabytes
 from modelscope_dolly.manifest import read_json, write_atomically
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_OF_TORCH_SAVE = re.compile(r"inline_container|PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,36 @@ def prune(run: Path, keep: int) -> list[Path]:
         except DollyError:
             if complete == 0:
                 continue  # newer than any complete one: perhaps being written
-        # Without its marker it no longer counts, should the removal be interrupted.
-        (path / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         removed.append(path)
     return removed
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, if there is one."""
+    # Without its marker it no longer counts, should the removal be interrupted.
+    if (path / MARKER).is_file():
+        (path / MARKER).unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line what went wrong while `path` was written, above all that the disk is full.
+
+    Raises:
+        DollyError: in place of OSError, safetensors' own error, and the RuntimeError of torch.save.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # Another RuntimeError is not about files: one of torch.distributed, for instance, when another process ended.
+        if isinstance(error, RuntimeError) and not _OF_TORCH_SAVE.search(str(error)):
+            raise
+        raise DollyError(
+            f"{path} cannot be written ({one_line(error)}); {gigabytes(free_disk(path))} are free there. Started again, "
+            "a run goes on from its newest complete checkpoint"
+        ) from error
 
 
 def check_disk(run: Path, need: int, what: str) -> None:

@@ -10,9 +10,10 @@ from modelscope.pipelines import pipeline
 from modelscope.utils.constant import Tasks
 
 import modelscope_dolly
-from modelscope_dolly import manifest
-from train import nano
+from train import finetune, nano
+from train.finetune import FINAL
 
+RECIPE = Path(__file__).parent / "recipes" / "nano.yaml"
 ASKED = (
     "Explain to me the difference between nuclear fission and fusion.",
     "Write a short poem about the sea.",
@@ -20,12 +21,12 @@ ASKED = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train and ask the nano dolly.")
-    parser.add_argument("--output", type=Path, default=Path("runs/nano"), help="where it is kept (default: runs/nano)")
-    parser.add_argument("--epochs", type=int, default=nano.EPOCHS, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="train.demo", description="Train and ask the nano dolly.")
+    parser.add_argument("--output", type=Path, default=Path("runs/nano"), help="the run (default: runs/nano)")
+    parser.add_argument("--epochs", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
-        return demonstrate(options.output, options.epochs)
+        return demonstrate(options.output, [] if options.epochs is None else ["--epochs", options.epochs])
     except modelscope_dolly.DollyError as error:
         print(f"train.demo: {error}", file=sys.stderr)
         return 2
@@ -33,13 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def demonstrate(model: Path, epochs: int) -> int:
-    """Train unless `model` is whole already, ask, and count how many records come back word for word."""
-    if (model / manifest.NAME).exists():
-        print(f"{model} is there already; remove it to train again.")
+def demonstrate(run: Path, flags: list[str]) -> int:
+    """Train unless the run is finished already, ask, and count how many records come back word for word."""
+    base, model = run.with_name(f"{run.name}-base"), run / FINAL
+    if model.exists():
+        print(f"{model} is there already; remove {run} to train again.")
     else:
-        print(f"Training the nano dolly into {model}: about a minute on two CPU cores.")
-        code = nano.main([str(model), "--epochs", str(epochs)])
+        print(f"Training the nano dolly into {run}: about a minute on two CPU cores.")
+        if not base.exists():
+            nano.write_base(base)
+        code = finetune.main([str(RECIPE), "--model", str(base), "--output-dir", str(run), *flags])
         if code:
             return code
     pipe = pipeline(Tasks.text_generation, model=str(model), device="cpu")

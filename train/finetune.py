@@ -11,45 +11,63 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from transformers import GPTNeoXForCausalLM, TrainingArguments, set_seed
+from transformers import GPTNeoXForCausalLM, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 
 import modelscope_dolly
 from modelscope_dolly import manifest
 from modelscope_dolly.check import check_directory
-from modelscope_dolly.checkpoint import locate, read_config, read_tokenizer
-from modelscope_dolly.errors import DollyError, SettingError
+from modelscope_dolly.errors import DollyError, SettingError, unknown_name
 from modelscope_dolly.export import export_checkpoint
 from train import attention
-from train.batching import Plan, packed_plan, padded_plan
-from train.checkpoints import RunCheckpoint, check_disk, choose_resume
-from train.config import Resolved, TrainConfig, add_flags, resolve
-from train.planning import Hardware, Job, choose
-from train.records import Checked, check_records, read_records, split
+from train.batching import Plan
+from train.bench import peak_memory
+from train.checkpoints import RunCheckpoint, check_disk, choose_resume, writing
+from train.config import Resolved, TrainConfig, add_flags, flag, resolve
+from train.planning import Hardware, choose
+from train.prepare import Prepared, prepare
+from train.progress import Progress
+from train.report import draw_loss, summary
 from train.trainer import DollyTrainer, LossOf, Metrics, PlannedPasses, SaveOnSignal, StopOnBadLoss
 
 FINAL = "final"
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as all others are told, and not after a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingError(f"{message}; --help lists all settings")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.finetune", description="Fine-tune dolly-v2.", allow_abbrev=False)
+    parser = Parser(prog="train.finetune", description="Fine-tune dolly-v2.", allow_abbrev=False)
     add_flags(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    options = parser.parse_args(arguments)
+    if "WORLD_SIZE" not in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        # One process is one GPU: left alone, transformers would split each pass over all that it sees.
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     try:
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            flags = [flag(key.name) for key in dataclasses.fields(TrainConfig)]
+            near = difflib.get_close_matches(unknown[0], flags, n=5, cutoff=0.0)
+            raise SettingError(unknown_name("argument", unknown[0], near))
         run(resolve(options))
     except DollyError as error:
-        if _rank() == 0:
+        # All processes find the same mistakes. What has a cause outside may have gone wrong in this one alone.
+        if _rank() == 0 or error.__cause__ is not None:
             print(f"train.finetune: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -71,27 +89,17 @@ def run(resolved: Resolved) -> Path:
     if (output / FINAL).exists():
         raise SettingError(f"{output / FINAL}: this run is finished; give another output_dir, or remove it")
 
+    reporters(config)
+
     # Records and plan: every process makes the same ones.
-    base = locate(config.model, config.model_revision)
-    network = read_config(base)
-    tokenizer = read_tokenizer(base, add_keys=True)
-    network.vocab_size = len(tokenizer.tokenizer)
-    if config.max_length > network.max_position_embeddings:
-        raise SettingError(
-            f"max_length is {config.max_length}, {config.model} has {network.max_position_embeddings} positions"
-        )
-    source = read_records(config.dataset, config.columns)
-    checked = check_records(source, tokenizer, config.max_length, config.strict)
-    say(checked.report)
-    train_part, test_part = split(len(checked.ids), config.test_size, config.seed)
-    examples = [(checked.ids[i], checked.prompt_lengths[i]) for i in train_part]
-    held_out = [(checked.ids[i], checked.prompt_lengths[i]) for i in test_part]
-    plan = make_plan(config, [len(ids) for ids, _ in examples], world)
+    made = prepare(config, world)
+    tokenizer, plan = made.tokenizer, made.plan
+    say(made.checked.report)
     say(", ".join(f"{name} {value}" for name, value in plan.summary().items()))
 
     # Hardware: what fits, and why.
-    job = Job(network, plan.largest[0], None, config.checkpoint_activations)
-    choice = choose(job, Hardware.here(output), config.zero_stage, config.offload, config.dtype)
+    job = made.job(config)
+    choice = choose(job, see_hardware(output, world), config.zero_stage, config.offload, config.dtype)
     use_deepspeed = choice.stage > 0 or world > 1
     say(f"{choice.dtype} ({choice.dtype_reason}); ZeRO {choice.stage}, offload {choice.offload} ({choice.reason})")
     say(
@@ -109,49 +117,69 @@ def run(resolved: Resolved) -> Path:
 
     # Training. The arguments come before the model: with ZeRO 3 they make from_pretrained shard while it loads.
     if first:
-        output.mkdir(parents=True, exist_ok=True)
-        record_run(output / "run.json", resolved, checked, plan, choice.reason, world, resume)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            record_run(output / "run.json", resolved, made, choice.reason, world, resume)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     set_seed(config.seed)
     arguments = training_arguments(config, plan, choice, use_deepspeed)
-    model = load_base(base, tokenizer, config)
+    model = load_base(made.base, tokenizer, config)
     metrics = Metrics(output / "metrics.jsonl", plan)
     trainer = DollyTrainer(
         config,
         plan,
         checkpoint_bytes,
-        held_out,
+        made.held_out,
         model=model,
         args=arguments,
-        train_dataset=PlannedPasses(plan, examples, tokenizer.control.eos, config.batching == "padded"),
-        callbacks=[metrics, StopOnBadLoss(), stopper := SaveOnSignal()],
+        train_dataset=PlannedPasses(plan, made.examples, tokenizer.control.eos, config.batching == "padded"),
+        callbacks=[metrics, Progress(plan), StopOnBadLoss(), stopper := SaveOnSignal()],
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    agree(trainer, choice)
     trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
     if stopper.received:
         raise DollyError(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on from there")
 
     # Export: whatever spread the weights over processes brings them together here.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if first:
-        finish(trainer, state, tokenizer, choice.dtype, output / FINAL)
+    if first and "DOLLY_BENCH" in os.environ:
+        manifest.write_atomically(output / "peak.json", json.dumps({"bytes": peak_memory()}) + "\n")
+    elif first:
+        with writing(output / FINAL):
+            finish(trainer, state, tokenizer, choice.dtype, output / FINAL)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return output / FINAL
 
 
-def make_plan(config: TrainConfig, lengths: Sequence[int], world: int) -> Plan:
-    """The batch plan these settings ask for."""
-    shared = (lengths, config.seed, config.epochs, config.global_batch_size, world)
-    if config.batching == "padded":
-        return padded_plan(*shared, config.padded_batch_size)
-    return packed_plan(*shared, config.tokens_per_batch)
+def see_hardware(output: Path, world: int) -> Hardware:
+    """The machine, as far as this process may look at it."""
+    if world == 1:
+        return Hardware.here(output)
+    local_rank, local_world = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return Hardware.of_process(output, local_rank, world, local_world or world)
+
+
+def agree(trainer: DollyTrainer, choice: Any) -> None:
+    """Raise DollyError unless all processes chose alike: they looked at free memory at slightly different times."""
+    world = trainer.args.world_size
+    if world == 1:
+        return
+    chosen: list[Any] = [None] * world
+    torch.distributed.all_gather_object(chosen, (choice.stage, choice.offload, choice.dtype))
+    if len(set(chosen)) > 1:
+        raise DollyError(
+            f"the processes chose different settings, {sorted(set(chosen))}; set zero_stage, offload and dtype"
+        )
 
 
 def training_arguments(config: TrainConfig, plan: Plan, choice: Any, use_deepspeed: bool) -> TrainingArguments:
     """The Trainer's settings; batches and schedule are the plan's and ours."""
-    report_to = [name.strip() for name in config.report_to.split(",") if name.strip() != "none"]
-    if report_to == ["tensorboard"]:
+    report_to = reporters(config)
+    if "tensorboard" in report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.output_dir) / "tensorboard"))
     return TrainingArguments(
         output_dir=config.output_dir,
@@ -184,9 +212,24 @@ def training_arguments(config: TrainConfig, plan: Plan, choice: Any, use_deepspe
     )
 
 
+def reporters(config: TrainConfig) -> list[str]:
+    """The names in report_to. Raises SettingError for one that is not installed."""
+    names = [name for part in config.report_to.split(",") if (name := part.strip()) not in ("", "none")]
+    installed = get_available_reporting_integrations()
+    missing = [name for name in names if name not in installed]
+    if missing:
+        raise SettingError(
+            f"report_to names {', '.join(missing)}, which is not installed here; install it, or take one of these: "
+            f"{', '.join([*sorted(installed), 'none'])}"
+        )
+    return names
+
+
 def deepspeed_settings(choice: Any) -> dict:
     """DeepSpeed's configuration: what differs from its defaults. `auto` takes the Trainer's value."""
     zero: dict[str, Any] = {"stage": choice.stage, "overlap_comm": True, "contiguous_gradients": True}
+    # DeepSpeed's buckets of 5e8 elements would take several GB that the plan counts as free.
+    zero |= {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
     settings: dict[str, Any] = {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -199,6 +242,7 @@ def deepspeed_settings(choice: Any) -> dict:
     }
     if choice.stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+        zero |= {"stage3_prefetch_bucket_size": 50_000_000, "stage3_max_live_parameters": 300_000_000}
     if choice.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
@@ -242,11 +286,13 @@ def finish(trainer: DollyTrainer, state: dict, tokenizer: Any, dtype: str, targe
     problems = [finding.detail for finding in check_directory(target) if finding.status == "problem"]
     if problems:
         raise DollyError(f"{target} was written, but is not sound: {'; '.join(problems)}")
+    draw_loss(target.parent)
+    print(summary(target.parent))
     print(f"wrote {target}; try: dolly ask --model {target} 'Name three colours.'")
 
 
 def record_run(
-    path: Path, resolved: Resolved, checked: Checked, plan: Plan, reason: str, world: int, resume: RunCheckpoint | None
+    path: Path, resolved: Resolved, made: Prepared, reason: str, world: int, resume: RunCheckpoint | None
 ) -> None:
     """run.json: every setting with its origin, versions, and hashes; earlier starts of the same run are kept in it."""
     versions = {
@@ -256,8 +302,8 @@ def record_run(
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "settings": dataclasses.asdict(resolved.config),
         "origins": resolved.origins,
-        "records": checked.report.as_dict(),
-        "plan": plan.summary() | {"order_hash": plan.order_hash},
+        "data": {"dataset": resolved.config.dataset, "sha256": made.data_sha256},
+        "plan": made.summary() | {"order_hash": made.plan.order_hash},
         "world": world,
         "reason": reason,
         "resumed_from": str(resume.path) if resume else None,

@@ -1,24 +1,20 @@
-"""Train the nano dolly: a toy that memorises the 128 records of recipes/nano.jsonl on a CPU in about a minute.
+"""The untrained nano dolly: a tokenizer with the three keys made from 128 records, and a small random network.
 
-    python -m train.nano runs/nano
+    python -m train.nano runs/nano-base
 
-It shows the whole way from records to `pipeline()` on any machine. The steps are those of the real recipe, made small:
-a tokenizer with the three keys, prompts and labels by construction (only the answer is learned), AdamW, and an exported
-directory like any published revision.
+recipes/nano.yaml trains it on the same records until it knows them by heart, in about a minute on a CPU. That shows the
+whole way from records to `pipeline()` on any machine, and gives tests a real model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-import time
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +24,6 @@ from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, r
 
 RECORDS = Path(__file__).parent / "recipes" / "nano.jsonl"
 SEED = 42
-EPOCHS = 32
 
 
 def read_records(path: Path = RECORDS) -> list[dict]:
@@ -64,16 +59,6 @@ def _training_text(record: dict) -> str:
     return text
 
 
-def build_examples(records: list[dict], tokenizer: DollyTokenizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(token ids [T], labels [T]) per record; labels of the prompt are -100, which the loss skips."""
-    examples = []
-    for record in records:
-        ids, prompt = tokenizer.encode_example(record["instruction"], record["context"], record["response"])
-        labels = [-100] * prompt + ids[prompt:]
-        examples.append((torch.tensor(ids), torch.tensor(labels)))
-    return examples
-
-
 def build_model(vocabulary: int) -> GPTNeoXForCausalLM:
     """A GPT-NeoX of 4 layers, 2.4 million weights, as random as the seed says."""
     torch.manual_seed(SEED)
@@ -91,74 +76,24 @@ def build_model(vocabulary: int) -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(config)
 
 
-def train(
-    model: GPTNeoXForCausalLM,
-    examples: list[tuple[torch.Tensor, torch.Tensor]],
-    epochs: int = EPOCHS,
-    batch_size: int = 8,
-    learning_rate: float = 3e-3,
-) -> float:
-    """Train in place with AdamW, short warm-up and cosine decay; returns the mean loss of the last epoch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    batches = math.ceil(len(examples) / batch_size)
-    steps, warm_up = epochs * batches, 20
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-    )
-    generator = torch.Generator().manual_seed(SEED)
-    model.train()
-    losses: list[float] = []
-    with tqdm(total=steps, desc="Training", unit="step", disable=None) as bar:
-        for _ in range(epochs):
-            order = torch.randperm(len(examples), generator=generator).tolist()
-            for begin in range(0, len(order), batch_size):
-                ids, labels = _pad([examples[i] for i in order[begin : begin + batch_size]])
-                loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append(loss.item())
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                bar.update()
-    model.eval()
-    return sum(losses[-batches:]) / batches
-
-
-def _pad(examples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T] ids and labels, padded on the right: under a causal mask nothing before the padding sees it."""
-    ids, labels = zip(*examples, strict=True)
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
+def write_base(target: Path) -> None:
+    """The directory that recipes/nano.yaml starts from: random weights, and a tokenizer made from the records."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    tokenizer = build_tokenizer(read_records())
+    export_checkpoint(build_model(len(tokenizer.tokenizer)), tokenizer, target)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train the nano dolly, a toy that memorises its records.")
-    parser.add_argument("output", type=Path, help="directory to write, for instance runs/nano")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"passes over the records (default: {EPOCHS})")
-    parser.add_argument("--replace", action="store_true", help="replace the directory if it exists")
+    parser = argparse.ArgumentParser(prog="train.nano", description="Write the untrained nano dolly.")
+    parser.add_argument("output", type=Path, help="directory to write, for instance runs/nano-base")
     options = parser.parse_args(arguments)
     try:
-        if options.output.exists() and not options.replace:
-            raise DollyError(f"{options.output}: exists already; pass --replace to train it anew")
-        if options.epochs < 1:
-            raise DollyError(f"--epochs is {options.epochs}, it must be at least 1")
-        if not sys.stderr.isatty():
-            transformers_logging.disable_progress_bar()
-        records = read_records()
-        tokenizer = build_tokenizer(records)
-        model = build_model(len(tokenizer.tokenizer))
-        started = time.perf_counter()
-        loss = train(model, build_examples(records, tokenizer), options.epochs)
-        print(f"Learned {len(records)} records in {time.perf_counter() - started:.0f} s, final loss {loss:.4f}")
-        export_checkpoint(model, tokenizer, options.output, options.replace)
-        print(f"Wrote {options.output}")
+        write_base(options.output)
     except DollyError as error:
         print(f"train.nano: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    print(f"wrote {options.output}; next: python -m train.finetune train/recipes/nano.yaml --model {options.output}")
     return 0
 
 

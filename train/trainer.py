@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 from transformers import GPTNeoXForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
-from modelscope_dolly.errors import DollyError
+from modelscope_dolly.errors import DollyError, HardwareError
+from modelscope_dolly.manifest import write_atomically
 
 from .batching import Plan
-from .checkpoints import check_disk, mark_complete, prune
+from .checkpoints import check_disk, mark_complete, prune, remove, writing
 from .config import TrainConfig
 from .loss import label_count, packed_batch, padded_batch, response_loss
 
@@ -79,6 +80,7 @@ class DollyTrainer(Trainer):
     ):
         super().__init__(data_collator=lambda items: items[0], eval_dataset=list(held_out), **keywords)
         self.config, self.plan, self.checkpoint_bytes, self.held_out = config, plan, checkpoint_bytes, held_out
+        self._rehearsed = False
         self.loss_is_scaled_for_ga = True  # losses of a step add up to its mean over labels
 
     def _get_train_sampler(self, *arguments: Any) -> torch.utils.data.Sampler:
@@ -94,6 +96,44 @@ class DollyTrainer(Trainer):
         # Gradients are averaged over ranks afterwards; the plan wants their sum.
         loss = model(**inputs).loss
         return loss * self.plan.world if model.training else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self._rehearsed:
+            self._rehearsed = True
+            self.rehearse(model)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def rehearse(self, model: torch.nn.Module) -> None:
+        """Run the largest pass of the whole plan forward and backward, and forget it.
+
+        What does not fit fails in the first minute instead of in the middle of the night. The backward pass goes to the
+        inputs only: gradients of weights are not touched, so that DeepSpeed, which collects them as they are made,
+        notices nothing. Optimizer states, made at the first step, are not part of it.
+
+        Raises:
+            HardwareError: out of memory; names the first setting to change.
+        """
+        tokens, step, _, turn = self.plan.largest
+        item = (step * self.plan.accumulation + turn) * self.plan.world + self.args.process_index
+        batch = self._prepare_inputs(self.train_dataset[item])
+        shape = (*batch.pop("input_ids").shape, self.model.config.hidden_size)
+        # Past DeepSpeed's engine, whose own hooks would take this for the backward pass of a step.
+        model = getattr(model, "module", model)
+        dtype = next(model.parameters()).dtype
+        before = torch.get_rng_state()
+        try:
+            model.train()
+            embedded = torch.full(shape, 0.01, dtype=dtype, device=self.args.device, requires_grad=True)
+            with self.compute_loss_context_manager():
+                loss = model(**batch, inputs_embeds=embedded).loss
+            torch.autograd.grad(loss, embedded)
+        except torch.OutOfMemoryError as error:
+            raise HardwareError(
+                f"out of memory in the largest pass, {tokens} tokens; lower tokens_per_batch (now "
+                f"{self.config.tokens_per_batch}) and max_length first, then set checkpoint_activations, then lora"
+            ) from error
+        finally:
+            torch.set_rng_state(before)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         return None
@@ -118,12 +158,17 @@ class DollyTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run = Path(self.args.output_dir)
-        check_disk(run, self.checkpoint_bytes, f"checkpoint-{self.state.global_step}")
-        super()._save_checkpoint(model, trial)
+        path = run / f"checkpoint-{self.state.global_step}"
+        check_disk(run, self.checkpoint_bytes, path.name)
+        if self.args.should_save:
+            remove(path)  # of a damaged one, what is left, above all a marker, must not vouch for the new files
+        self.accelerator.wait_for_everyone()
+        with writing(path):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            path = run / f"checkpoint-{self.state.global_step}"
-            mark_complete(path, self.plan.world, self.plan.hash, self.plan.order_hash)
+            with writing(path):
+                mark_complete(path, self.plan.world, self.plan.hash, self.plan.order_hash)
             prune(run, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -156,10 +201,9 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **keywords):
         if args.process_index == 0 and self.path.exists():
-            kept = [
-                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
-            ]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
+            with writing(self.path):
+                write_atomically(self.path, "".join(f"{line}\n" for line in kept))
         self._began = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **keywords):
@@ -174,8 +218,16 @@ class Metrics(TrainerCallback):
             tokens = self.plan.step_tokens[state.global_step - 1]
             row |= {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "lr": logs.get("learning_rate")}
             row |= {"tokens": tokens, "seconds": round(seconds, 4), "useful_tokens_per_s": round(tokens / seconds, 1)}
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _step(line: str) -> float:
+    """Of a line of metrics.jsonl; infinite for one that was cut short, which ends the file of a run that was killed."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 class StopOnBadLoss(TrainerCallback):
@@ -207,6 +259,10 @@ class SaveOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args, state, control, **keywords):
+        if args.world_size > 1:  # the signal reaches each process in its own time, and none can save alone
+            received = torch.tensor(float(self.received), device=args.device)
+            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+            self.received = bool(received)
         if self.received:
             control.should_save = control.should_training_stop = True
 
