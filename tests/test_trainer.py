@@ -68,7 +68,7 @@ def test_cosine_and_linear_rise_to_the_peak_and_end_at_zero(name):
     assert schedule(name, 50, 20)(19) == 0.4  # a run shorter than its warm-up
 
 
-# Batches
+# Passes
 
 
 def plans():

@@ -160,8 +160,8 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _OF_TORCH_SAVE.search(str(error)):
             raise
         raise DollyError(
-            f"{path} cannot be written ({one_line(error)}); {gigabytes(free_disk(path))} are free there. Started again, "
-            "a run goes on from its newest complete checkpoint"
+            f"{path} cannot be written ({one_line(error)}); {gigabytes(free_disk(path))} are free there. "
+            "Started again, a run goes on from its newest complete checkpoint"
         ) from error
 
 

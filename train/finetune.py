@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 import platform
+import socket
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,7 @@ from train.report import draw_loss, summary
 from train.trainer import DollyTrainer, LossOf, Metrics, PlannedPasses, SaveOnSignal, StopOnBadLoss
 
 FINAL = "final"
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,8 +125,10 @@ def run(resolved: Resolved) -> Path:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     set_seed(config.seed)
+    if use_deepspeed and "RANK" not in os.environ:
+        launch_alone()
     arguments = training_arguments(config, plan, choice, use_deepspeed)
-    model = load_base(made.base, tokenizer, config)
+    model = load_base(made.base, tokenizer, config, choice, use_deepspeed, arguments.device)
     metrics = Metrics(output / "metrics.jsonl", plan)
     trainer = DollyTrainer(
         config,
@@ -153,6 +157,15 @@ def run(resolved: Resolved) -> Path:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return output / FINAL
+
+
+def launch_alone() -> None:
+    """Set what a launcher would have set: without it DeepSpeed looks for MPI."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def see_hardware(output: Path, world: int) -> Hardware:
@@ -256,11 +269,22 @@ def deepspeed_settings(choice: Any) -> dict:
     return settings
 
 
-def load_base(base: Path, tokenizer: Any, config: TrainConfig) -> LossOf:
-    """The base model in float32, its vocabulary cut or extended to the tokenizer's, as the public recipe does."""
+def load_base(
+    base: Path, tokenizer: Any, config: TrainConfig, choice: Any, use_deepspeed: bool, device: torch.device
+) -> LossOf:
+    """The base model, its vocabulary cut or extended to the tokenizer's, as the public recipe does.
+
+    In float32; but DeepSpeed casts a network to its half type before it makes its float32 master weights, so there it is
+    loaded as that, which is the same and takes half the memory. Straight onto the GPU, or every process of a machine
+    would hold a copy in host memory; with ZeRO 3 transformers shards it while it loads instead.
+    """
     implementation = "sdpa" if config.batching == "padded" else attention.NAME
     model, report = GPTNeoXForCausalLM.from_pretrained(
-        str(base), dtype=torch.float32, attn_implementation=implementation, output_loading_info=True
+        str(base),
+        dtype=HALF.get(choice.dtype, torch.float32) if use_deepspeed else torch.float32,
+        device_map={"": device} if device.type == "cuda" and choice.stage < 3 else None,
+        attn_implementation=implementation,
+        output_loading_info=True,
     )
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:
@@ -278,7 +302,7 @@ def load_base(base: Path, tokenizer: Any, config: TrainConfig) -> LossOf:
 
 def finish(trainer: DollyTrainer, state: dict, tokenizer: Any, dtype: str, target: Path) -> None:
     """Export the trained weights, read the result back, and say what is wrong with it if anything is."""
-    saved = torch.float32 if dtype == "fp32" else torch.bfloat16 if dtype == "bf16" else torch.float16
+    saved = HALF.get(dtype, torch.float32)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped).network
     model.config.dtype = saved
     weights = {name.removeprefix("network."): tensor.to(saved) for name, tensor in state.items()}
