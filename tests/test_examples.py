@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, render_example
 from train.loss import IGNORED, packed_batch
-from train.records import check_records, read_records
+from train.records import check_records
+from train.sources import read_records
 
 MAX_LENGTH = 2048
 

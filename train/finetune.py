@@ -274,8 +274,8 @@ def load_base(
 ) -> LossOf:
     """The base model, its vocabulary cut or extended to the tokenizer's, as the public recipe does.
 
-    In float32; but DeepSpeed casts a network to its half type before it makes its float32 master weights, so there it is
-    loaded as that, which is the same and takes half the memory. Straight onto the GPU, or every process of a machine
+    In float32; but DeepSpeed casts a network to its half type before it makes its float32 master weights, so there it
+    is loaded as that, which is the same and takes half the memory. Straight onto the GPU, or every process of a machine
     would hold a copy in host memory; with ZeRO 3 transformers shards it while it loads instead.
     """
     implementation = "sdpa" if config.batching == "padded" else attention.NAME

@@ -16,7 +16,8 @@ from .batching import Plan, packed_plan, padded_plan
 from .config import TrainConfig
 from .loss import label_count
 from .memory import Job
-from .records import Checked, check_records, read_records, split
+from .records import Checked, check_records, split
+from .sources import read_records
 
 Example = tuple[Sequence[int], int]  # token ids, length of the prompt
 
