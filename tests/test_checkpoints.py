@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from modelscope_dolly.errors import DollyError, SettingError
 from train import checkpoints
@@ -18,6 +20,7 @@ from train.checkpoints import (
     open_run_checkpoint,
     prune,
     run_checkpoints,
+    writing,
 )
 
 ORDER = "order of the records"
@@ -170,6 +173,30 @@ def test_a_removal_that_is_interrupted_leaves_no_complete_checkpoint(tmp_path, m
     prune(tmp_path, 1)
     with pytest.raises(DollyError, match="incomplete"):
         open_run_checkpoint(tmp_path / "checkpoint-2")
+
+
+FULL = {
+    "open": lambda: Path("/dev/full").write_text("x"),
+    "torch": lambda: torch.save({"x": torch.zeros(9999)}, "/dev/full"),
+    "safetensors": lambda: save_file({"x": torch.zeros(9)}, "/dev/null/x"),
+}
+
+
+@pytest.mark.parametrize("write", FULL.values(), ids=FULL)
+def test_a_write_that_fails_is_told_in_one_line_with_what_is_free(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(checkpoints, "free_disk", lambda path: 12_340_000)
+    with pytest.raises(DollyError) as error, writing(tmp_path / "checkpoint-2"):
+        write()
+    says = str(error.value)
+    assert says.startswith(f"{tmp_path / 'checkpoint-2'} cannot be written (") and "0.01 GB are free" in says
+    assert "\n" not in says and error.value.__cause__ is not None
+
+
+def test_an_error_that_is_not_about_writing_stays_what_it_is(tmp_path):
+    for lost in (RuntimeError("Connection closed by peer"), ValueError("x")):
+        with pytest.raises(type(lost)) as error, writing(tmp_path):
+            raise lost
+        assert error.value is lost
 
 
 def test_too_little_disk_is_told_with_both_numbers(tmp_path, monkeypatch):

@@ -28,6 +28,8 @@ from training_runs import (
 from modelscope_dolly import dolly_pipeline
 from modelscope_dolly.check import check_directory
 from modelscope_dolly.prompt import CONTROL_KEYS
+from train import finetune
+from train.checkpoints import writing
 from train.finetune import main
 
 
@@ -178,6 +180,21 @@ def test_a_mistake_is_told_by_one_of_the_processes(tmp_path):
     assert run.wait() == [2, 2]
     assert run.stderr(0).startswith("train.finetune: max_length is 513, but")
     assert run.stderr(1) == run.stdout(1) == "" and not (tmp_path / "run").exists()
+
+
+def test_another_process_speaks_only_of_what_may_be_its_own_trouble(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    recipe = str(write_recipe(tmp_path))
+
+    def fail(resolved):
+        with writing(tmp_path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(finetune, "run", fail)
+    assert main([recipe]) == 2
+    assert "cannot be written ([Errno 28] No space left on device)" in capsys.readouterr().err
+    assert main([recipe, "--epochs", "0"]) == 2
+    assert capsys.readouterr().err == ""
 
 
 # Mistakes

@@ -40,9 +40,9 @@ def base_model(**changes) -> GPTNeoXForCausalLM:
     return model
 
 
-def with_adapters(tokenizer: DollyTokenizer, dtype: str = "fp32", moved: bool = True):
+def with_adapters(tokenizer: DollyTokenizer, dtype: torch.dtype = torch.float32, moved: bool = True):
     """A network with adapters; moved: as if they had been trained."""
-    model = add_adapters(LossOf(base_model()), LORA, tokenizer, dtype)
+    model = add_adapters(LossOf(base_model().to(dtype)), LORA, tokenizer)
     if moved:
         torch.manual_seed(1)
         with torch.no_grad():
@@ -93,7 +93,7 @@ def test_new_adapters_change_nothing(tokenizer):
 
 
 def test_the_base_is_held_in_the_number_type_of_the_run_and_the_adapters_in_float32(tokenizer):
-    model = with_adapters(tokenizer, "bf16")
+    model = with_adapters(tokenizer, torch.bfloat16)
     weights = dict(model.named_parameters())
     ours = trained(model)
     assert {weight.dtype for weight in ours.values()} == {torch.float32}

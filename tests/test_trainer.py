@@ -9,6 +9,7 @@ import math
 import os
 import random
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -274,6 +275,12 @@ def test_only_the_first_process_writes_metrics(metrics):
     metrics.on_log(*step(1), logs={"loss": 1.0})
     metrics.on_train_begin(*step(0, rank=1, world=2))
     assert len(read(metrics)) == 1
+
+
+def test_a_disk_without_room_for_metrics_is_told(metrics):
+    metrics.path = Path("/dev/full")
+    with pytest.raises(DollyError, match=r"/dev/full cannot be written \(.*No space left on device"):
+        metrics.on_log(*step(1), logs={"loss": 1.0})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])

@@ -5,11 +5,14 @@ Processes are forked from a server that has imported everything once: a run then
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -52,10 +55,17 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["train.finetune", "deepspeed"])
 
 
+def _kept_folder() -> Path:
+    """For what several tests read; removed when all have run."""
+    folder = Path(tempfile.mkdtemp(prefix="training_runs."))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @functools.cache
 def material() -> Path:
     """A folder with a base model, `base`, and records, `records.jsonl`; nobody writes into it."""
-    folder = Path(tempfile.mkdtemp(prefix="training_runs."))
+    folder = _kept_folder()
     records = sorted(read_records(), key=lambda record: sum(map(len, record.values())))[:RECORDS]
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     tokenizer = build_tokenizer(records, vocabulary=768)
@@ -98,6 +108,7 @@ class Processes:
             for rank in range(world)
         ]
         for rank in self.ranks:
+            rank.daemon = True  # does not outlive a test that failed
             rank.start()
 
     def wait(self) -> list[int]:
@@ -149,6 +160,23 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], folder: Path, 
     sys.exit(main(arguments))
 
 
+def pause_at(step: int) -> None:
+    """Keep the last rank, and so all, from getting further than this step before a signal has come."""
+    from train.trainer import Metrics
+
+    arrived, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.detach())
+    log = Metrics.on_log
+
+    def on_log(self, args, state, control, logs=None, **keywords):
+        log(self, args, state, control, logs, **keywords)
+        if state.global_step == step and "loss" in logs and args.process_index == args.world_size - 1:
+            arrived.recv(1)
+
+    Metrics.on_log = on_log
+
+
 def complete(recipe: Path, *flags: str, world: int = 1, before: Callable[[], None] | None = None) -> Processes:
     """Run to the end, which must be a good one."""
     processes = Processes(recipe, *flags, world=world, before=before)
@@ -172,7 +200,7 @@ def torchrun(world: int, recipe: Path, *flags: str) -> subprocess.CompletedProce
 @functools.cache
 def finished(world: int = 1, zero_stage: str = "auto") -> Path:
     """The directory of an uninterrupted run of the recipe, made by the usual command; nobody writes into it."""
-    recipe = write_recipe(Path(tempfile.mkdtemp(prefix="training_runs.")), zero_stage=zero_stage)
+    recipe = write_recipe(_kept_folder(), zero_stage=zero_stage)
     if world == 1:
         done = launch("-m", "train.finetune", str(recipe))
     else:

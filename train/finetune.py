@@ -36,11 +36,13 @@ from train.batching import Plan
 from train.bench import peak_memory
 from train.checkpoints import RunCheckpoint, check_disk, choose_resume, writing
 from train.config import Resolved, TrainConfig, add_flags, flag, resolve
+from train.lora import Lora, add_adapters, check_lora, merge, read_lora
 from train.planning import Hardware, choose
 from train.prepare import Prepared, prepare
 from train.progress import Progress
 from train.report import draw_loss, summary
 from train.trainer import DollyTrainer, LossOf, Metrics, PlannedPasses, SaveOnSignal, StopOnBadLoss
+from train.universal import AfterConversion, Start, convert_together, starting_point
 
 FINAL = "final"
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,6 +94,7 @@ def run(resolved: Resolved) -> Path:
         raise SettingError(f"{output / FINAL}: this run is finished; give another output_dir, or remove it")
 
     reporters(config)
+    lora = read_lora(config.lora)
 
     # Records and plan: every process makes the same ones.
     made = prepare(config, world)
@@ -107,15 +110,18 @@ def run(resolved: Resolved) -> Path:
     say(
         "optimizer by DeepSpeed" if use_deepspeed else "one process and ZeRO 0: transformers' Trainer without DeepSpeed"
     )
-    checkpoint_bytes = 14 * job.parameters
+    checkpoint_bytes = 14 * job.trained
     check_disk(output, checkpoint_bytes * (config.keep_checkpoints + 1) + 4 * job.parameters, "the run")
     resume, lines = choose_resume(output, config.resume, plan.order_hash)
     for line in lines:
         say(line)
-    if resume is not None and resume.world != world:
-        raise SettingError(
-            f"{resume.path} was saved by {resume.world} processes and this run has {world}: start as many"
-        )
+    start = starting_point(resume, world, choice.stage, use_deepspeed, config.zero_stage == "auto")
+    for line in start.lines:
+        say(line)
+    check_lora(lora, start.stage, resume.path if resume else None)
+    use_deepspeed = start.use_deepspeed
+    if start.stage != choice.stage:
+        choice = choose(job, see_hardware(output, world), str(start.stage), config.offload, config.dtype)
 
     # Training. The arguments come before the model: with ZeRO 3 they make from_pretrained shard while it loads.
     if first:
@@ -127,8 +133,11 @@ def run(resolved: Resolved) -> Path:
     set_seed(config.seed)
     if use_deepspeed and "RANK" not in os.environ:
         launch_alone()
-    arguments = training_arguments(config, plan, choice, use_deepspeed)
+    arguments = training_arguments(config, plan, choice, start)
+    convert_together(start, world, first)
     model = load_base(made.base, tokenizer, config, choice, use_deepspeed, arguments.device)
+    if lora:
+        model = add_adapters(model, lora, tokenizer)
     metrics = Metrics(output / "metrics.jsonl", plan)
     trainer = DollyTrainer(
         config,
@@ -138,12 +147,12 @@ def run(resolved: Resolved) -> Path:
         model=model,
         args=arguments,
         train_dataset=PlannedPasses(plan, made.examples, tokenizer.control.eos, config.batching == "padded"),
-        callbacks=[metrics, Progress(plan), StopOnBadLoss(), stopper := SaveOnSignal()],
+        callbacks=[metrics, Progress(plan), StopOnBadLoss(), AfterConversion(start), stopper := SaveOnSignal()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     agree(trainer, choice)
-    trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
+    trainer.train(resume_from_checkpoint=str(start.path) if start.path else None)
     if stopper.received:
         raise DollyError(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on from there")
 
@@ -153,7 +162,7 @@ def run(resolved: Resolved) -> Path:
         manifest.write_atomically(output / "peak.json", json.dumps({"bytes": peak_memory()}) + "\n")
     elif first:
         with writing(output / FINAL):
-            finish(trainer, state, tokenizer, choice.dtype, output / FINAL)
+            finish(trainer, state, tokenizer, choice.dtype, output / FINAL, lora)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return output / FINAL
@@ -189,7 +198,7 @@ def agree(trainer: DollyTrainer, choice: Any) -> None:
         )
 
 
-def training_arguments(config: TrainConfig, plan: Plan, choice: Any, use_deepspeed: bool) -> TrainingArguments:
+def training_arguments(config: TrainConfig, plan: Plan, choice: Any, start: Start) -> TrainingArguments:
     """The Trainer's settings; batches and schedule are the plan's and ours."""
     report_to = reporters(config)
     if "tensorboard" in report_to:
@@ -209,7 +218,7 @@ def training_arguments(config: TrainConfig, plan: Plan, choice: Any, use_deepspe
         bf16=choice.dtype == "bf16",
         fp16=choice.dtype == "fp16",
         use_cpu=choice.hardware.cpu_only,
-        deepspeed=deepspeed_settings(choice) if use_deepspeed else None,
+        deepspeed=deepspeed_settings(choice) | start.deepspeed_settings if start.use_deepspeed else None,
         save_strategy="steps",
         save_steps=config.save_every,
         eval_strategy="steps" if config.eval_every and config.test_size else "no",
@@ -275,13 +284,14 @@ def load_base(
     """The base model, its vocabulary cut or extended to the tokenizer's, as the public recipe does.
 
     In float32; but DeepSpeed casts a network to its half type before it makes its float32 master weights, so there it
-    is loaded as that, which is the same and takes half the memory. Straight onto the GPU, or every process of a machine
-    would hold a copy in host memory; with ZeRO 3 transformers shards it while it loads instead.
+    is loaded as that, which is the same and takes half the memory; and what stays frozen under adapters needs no more.
+    Straight onto the GPU, or every process of a machine would hold a copy in host memory; with ZeRO 3 transformers
+    shards it while it loads instead.
     """
     implementation = "sdpa" if config.batching == "padded" else attention.NAME
     model, report = GPTNeoXForCausalLM.from_pretrained(
         str(base),
-        dtype=HALF.get(choice.dtype, torch.float32) if use_deepspeed else torch.float32,
+        dtype=HALF.get(choice.dtype, torch.float32) if use_deepspeed or config.lora else torch.float32,
         device_map={"": device} if device.type == "cuda" and choice.stage < 3 else None,
         attn_implementation=implementation,
         output_loading_info=True,
@@ -300,10 +310,16 @@ def load_base(
     return LossOf(model)
 
 
-def finish(trainer: DollyTrainer, state: dict, tokenizer: Any, dtype: str, target: Path) -> None:
+def finish(
+    trainer: DollyTrainer, state: dict, tokenizer: Any, dtype: str, target: Path, lora: Lora | None = None
+) -> None:
     """Export the trained weights, read the result back, and say what is wrong with it if anything is."""
     saved = HALF.get(dtype, torch.float32)
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped).network
+    trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model = trained.network
+    if lora:
+        model = merge(trained, lora, tokenizer, trainer.config.model, target.parent / "adapter")
+        state = model.state_dict()
     model.config.dtype = saved
     weights = {name.removeprefix("network."): tensor.to(saved) for name, tensor in state.items()}
     export_checkpoint(model, tokenizer, target, state=weights)

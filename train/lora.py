@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from modelscope_dolly.errors import DollyError, SettingError, unknown_name
 from modelscope_dolly.export import new_directory
 from modelscope_dolly.manifest import read_json
@@ -29,7 +27,6 @@ LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 #: What peft writes into a checkpoint beside the adapter's weights.
 CONFIG = "adapter_config.json"
 _KEYS = ("r", "alpha", "dropout")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -116,12 +113,11 @@ def adapter_config(lora: Lora, tokenizer: DollyTokenizer) -> LoraConfig:
     )
 
 
-def add_adapters(model: LossOf, lora: Lora, tokenizer: DollyTokenizer, dtype: str) -> PeftModel:
-    """Freeze the network of `model` in `dtype` and put float32 adapters on it, which change nothing yet.
+def add_adapters(model: LossOf, lora: Lora, tokenizer: DollyTokenizer) -> PeftModel:
+    """Freeze the network of `model`, in its number type, and put float32 adapters on it, which change nothing yet.
 
     Around LossOf and not inside it: the Trainer knows a PeftModel and then saves and loads nothing but the adapters.
     """
-    model.network.to(_DTYPES[dtype])
     model.base_model_prefix = "network"  # where peft, seeing transformers' configuration, looks for the rest
     # By default peft keeps what it trains in float32: in bfloat16 most updates would be rounded away.
     return _peft().get_peft_model(model, adapter_config(lora, tokenizer))

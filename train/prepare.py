@@ -14,6 +14,7 @@ from modelscope_dolly.prompt import DollyTokenizer
 
 from .batching import Plan, packed_plan, padded_plan
 from .config import TrainConfig
+from .lora import read_lora
 from .loss import label_count
 from .memory import Job
 from .records import Checked, check_records, split
@@ -72,6 +73,7 @@ def prepare(config: TrainConfig, world: int) -> Prepared:
     Raises:
         DollyError: of the kind that fits; nothing has been written.
     """
+    read_lora(config.lora)
     base = locate(config.model, config.model_revision)
     network = read_config(base)
     tokenizer = read_tokenizer(base, add_keys=True)

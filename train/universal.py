@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -139,16 +138,6 @@ def convert_together(start: Start, world: int, first: bool) -> None:
             torch.distributed.barrier()  # also after a failure: the others must not wait for it for half an hour
     if not _is_made_of(start.path, start.convert.path):
         raise DollyError(f"{start.path} is not there: all processes must see the same output_dir")
-
-
-def stand_alone() -> None:
-    """Tell DeepSpeed, on one process that no launcher started, that it is alone; it would look for MPI otherwise."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def convert(checkpoint: Path, target: Path) -> None:
