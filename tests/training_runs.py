@@ -197,9 +197,13 @@ def torchrun(world: int, recipe: Path, *flags: str) -> subprocess.CompletedProce
     return launch(*launcher, "--module", "train.finetune", str(recipe), *flags)
 
 
-@functools.cache
 def finished(world: int = 1, zero_stage: str = "auto") -> Path:
     """The directory of an uninterrupted run of the recipe, made by the usual command; nobody writes into it."""
+    return _finished(world, zero_stage)  # the cache takes f() and f(1) for two things
+
+
+@functools.cache
+def _finished(world: int, zero_stage: str) -> Path:
     recipe = write_recipe(_kept_folder(), zero_stage=zero_stage)
     if world == 1:
         done = launch("-m", "train.finetune", str(recipe))

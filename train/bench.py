@@ -3,7 +3,8 @@
     python -m train.bench train/recipes/dolly-v2-3b.yaml --steps 10
 
 Each run is a process of its own, with checkpoints and evaluation off. The first step of each is left out of its
-figures: it pays for what is done once. Speed counts useful tokens, those of records; padding is not useful.
+figures: it pays for what is done once. Speed is that of the median step, and counts
+useful tokens, those of records; padding is not useful.
 """
 
 from __future__ import annotations
@@ -65,10 +66,12 @@ def measure(config: TrainConfig, options: argparse.Namespace, mode: str) -> dict
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         peak = json.loads((run / "peak.json").read_text())["bytes"]
     steps = [row for row in rows if "loss" in row][1:]
+    rates = [row["tokens"] / row["seconds"] for row in steps]
     return {
         "useful_tokens": sum(row["tokens"] for row in steps),
         "seconds": sum(row["seconds"] for row in steps),
-        "useful_tokens_per_s": sum(row["tokens"] for row in steps) / sum(row["seconds"] for row in steps),
+        "useful_tokens_per_s": statistics.median(rates),
+        "slowest_and_fastest": [min(rates), max(rates)],
         "median_step_s": statistics.median(row["seconds"] for row in steps),
         "peak_bytes": peak,
         "losses": [row["loss"] for row in rows if "loss" in row],
@@ -98,12 +101,12 @@ def machine() -> str:
 
 def report(rows: dict[str, dict], steps: int) -> str:
     """The comparison for people."""
-    lines = [f"{steps} steps each, the first not counted; {machine()}", ""]
-    lines.append(f"{'':<8}{'useful tok/s':>14}{'step (median)':>15}{'peak memory':>14}{'last loss':>11}")
+    lines = [f"{steps} steps each, the first not counted, medians; {machine()}", ""]
+    lines.append(f"{'':<8}{'useful tok/s':>14}{'slowest-fastest':>18}{'step':>9}{'peak memory':>14}{'last loss':>11}")
     for mode, row in rows.items():
         lines.append(
-            f"{mode:<8}{row['useful_tokens_per_s']:>14,.0f}{row['median_step_s']:>13.2f} s"
-            f"{row['peak_bytes'] / 2**30:>10.2f} GiB{row['losses'][-1]:>11.4f}"
+            f"{mode:<8}{row['useful_tokens_per_s']:>14,.0f}{'-'.join(f'{r:,.0f}' for r in row['slowest_and_fastest']):>18}"
+            f"{row['median_step_s']:>7.2f} s{row['peak_bytes'] / 2**30:>10.2f} GiB{row['losses'][-1]:>11.4f}"
         )
     ratio = rows["packed"]["useful_tokens_per_s"] / rows["padded"]["useful_tokens_per_s"]
     memory = rows["padded"]["peak_bytes"] / rows["packed"]["peak_bytes"]
