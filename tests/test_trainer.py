@@ -42,9 +42,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-# Schedule
-
-
 @needs_deepspeed
 @pytest.mark.parametrize("warmup", [1, 2, 5, 50])
 def test_warmup_is_deepspeeds_at_every_step(warmup):
@@ -76,9 +73,6 @@ def test_cosine_and_linear_rise_to_the_peak_and_end_at_zero(name):
     assert schedule(name, 50, 20)(19) == 0.4  # a run shorter than its warm-up
 
 
-# Passes
-
-
 def plans():
     yield packed_plan(LENGTHS, 1, 2, BATCH, 1, 2048), False
     yield packed_plan(LENGTHS, 1, 2, BATCH, 2, 100), False
@@ -103,10 +97,8 @@ def test_items_are_the_passes_of_the_plan_step_by_step_turn_by_turn_rank_by_rank
             assert learned == [token for i in records for token in EXAMPLES[i][0][EXAMPLES[i][1] :]]
             in_step = {record for rank in plan.steps[step] for records in rank for record in records}
             assert batch["label_total"] == sum(LENGTHS[i] - EXAMPLES[i][1] for i in in_step)
-            if not records:
-                assert batch["input_ids"].tolist() == [[0] * batch["input_ids"].shape[1]]
-                empty += 1
-            seen += 1
+            assert records or not batch["input_ids"].any()
+            seen, empty = seen + 1, empty + (not records)
     assert seen > 60 and empty > 5
 
 
@@ -117,9 +109,6 @@ def test_accelerate_deals_each_rank_its_own_passes():
     for rank in range(3):
         loader = prepare_data_loader(DataLoader(items, batch_size=1), num_processes=3, process_index=rank)
         assert [int(batch) for batch in loader] == list(items[rank::3])
-
-
-# One step, against records one by one
 
 
 class Gradients(TrainerCallback):
@@ -227,9 +216,6 @@ def test_evaluation_is_the_mean_over_all_held_out_response_tokens(tmp_path, padd
     assert trainer.state.log_history[-1]["eval_loss"] == pytest.approx(expected, rel=1e-6)
     means = [direct_loss(network(), [example]).item() for example in held_out]
     assert sum(means) / len(means) != pytest.approx(expected, rel=1e-4)  # records do not count alike, tokens do
-
-
-# Callbacks
 
 
 def step(number: int, rank: int = 0, world: int = 1):

@@ -3,8 +3,8 @@
     python -m train.bench train/recipes/dolly-v2-3b.yaml --steps 10
 
 Each run is a process of its own, with checkpoints and evaluation off. The first step of each is left out of its
-figures: it pays for what is done once. Speed is that of the median step, and counts
-useful tokens, those of records; padding is not useful.
+figures: it pays for what is done once. Speed is that of the median step, and counts useful tokens, those of records;
+padding is not useful.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def report(rows: dict[str, dict], steps: int) -> str:
     lines = [f"{steps} steps each, the first not counted, medians; {machine()}", ""]
     lines.append(f"{'':<8}{'useful tok/s':>14}{'slowest-fastest':>18}{'step':>9}{'peak memory':>14}{'last loss':>11}")
     for mode, row in rows.items():
+        spread = "-".join(f"{rate:,.0f}" for rate in row["slowest_and_fastest"])
         lines.append(
-            f"{mode:<8}{row['useful_tokens_per_s']:>14,.0f}{'-'.join(f'{r:,.0f}' for r in row['slowest_and_fastest']):>18}"
+            f"{mode:<8}{row['useful_tokens_per_s']:>14,.0f}{spread:>18}"
             f"{row['median_step_s']:>7.2f} s{row['peak_bytes'] / 2**30:>10.2f} GiB{row['losses'][-1]:>11.4f}"
         )
     ratio = rows["packed"]["useful_tokens_per_s"] / rows["padded"]["useful_tokens_per_s"]
