@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# Test processes; each uses one thread.
+JOBS ?= 2
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
@@ -12,7 +14,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(RUN) -m pip check
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -20,7 +20,7 @@ RUN = [
 ]
 TRAIN = ["deepspeed>=0.18", "peft>=0.17", "tensorboard>=2.16", "matplotlib>=3.8", "PyYAML>=6"]
 EVAL = ["lm-eval>=0.4.9"]
-DEV = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "setuptools>=64", "wheel"]
+DEV = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.14", "setuptools>=64", "wheel"]
 
 setup(
     name="modelscope-dolly",
