@@ -54,12 +54,18 @@ def response_loss(model: GPTNeoXForCausalLM, batch: dict[str, Any], label_total:
     """
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "all_logits")}
     hidden = model.gpt_neox(**inputs).last_hidden_state
+    if batch.get("all_logits"):  # as in 2023: the loss looks at every token, and most of them only to be ignored
+        return _cross_entropy(model.lm_head(hidden).flatten(0, 1), batch["labels"].flatten()) / label_total
     learned = batch["labels"] != IGNORED
-    logits = model.lm_head(hidden)[learned] if batch.get("all_logits") else model.lm_head(hidden[learned])
+    # With no label at all the sum is 0, and still a function of the weights, so that every rank joins the exchange.
+    return _cross_entropy(model.lm_head(hidden[learned]), batch["labels"][learned]) / label_total
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over labels [N] of logits [N, V], in float32 at least."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
-    # With no label at all the sum is 0, and still a function of the weights, so that every rank joins the exchange.
-    return F.cross_entropy(logits, batch["labels"][learned], reduction="sum") / label_total
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
 
 def padded_batch(
