@@ -74,6 +74,7 @@ def test_a_bare_no_and_a_bare_number_are_the_words_they_look_like(tmp_path):
         ({"tokens_per_batch": 100}, "tokens_per_batch is 100, it must be at least max_length - 1 = 2047"),
         ({"model": ""}, "model is missing: set it in the file or with --model"),
         ({"adam_beta1": 1.0}, "adam_beta1 is 1.0"),
+        ({"publish": {"model_id": "me/x"}}, "cannot publish yet"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(changes, says):

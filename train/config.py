@@ -71,7 +71,7 @@ class TrainConfig:
     keep_checkpoints: int = _option(2, "older complete checkpoints are removed")
     eval_every: int = _option(50, "optimizer steps between evaluations of the held-out records; 0: never")
     report_to: str = _option("tensorboard", "comma-separated: tensorboard, swanlab, wandb, or none")
-    publish: dict = _option(None, "publish the result, for instance {model_id: me/dolly-v2-3b, revision: v1.0.0}")
+    publish: dict = _option(None, "reserved for publishing the result; not offered by this version")
 
     def problems(self) -> list[str]:
         """All that is wrong with the values, one text each; names the key, the value and what is allowed."""
@@ -93,6 +93,8 @@ class TrainConfig:
         must(self.adam_epsilon > 0, "adam_epsilon", "above 0")
         for name in ("adam_beta1", "adam_beta2"):
             must(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        if self.publish is not None:
+            found.append("publish is set, but this version cannot publish yet: remove it")
         if self.batching == "packed":
             must(self.tokens_per_batch >= self.max_length - 1, "tokens_per_batch",
                  f"at least max_length - 1 = {self.max_length - 1}, or the longest records fit nowhere")  # fmt: skip
