@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +62,8 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in parameter_shapes(self.config).values())
 
 
-def locate(model: str, revision: str | None = None) -> Path:
-    """The local directory of `model`: itself, or a downloaded snapshot of a hub id.
+def locate(model: str, revision: str | None = None, patterns: Sequence[str] = DOWNLOAD_PATTERNS) -> Path:
+    """The local directory of `model`: itself, or a downloaded snapshot of a hub id, of the files that match `patterns`.
 
     Raises:
         CheckpointError: neither a directory nor a model that the hub gives us.
@@ -77,29 +77,26 @@ def locate(model: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{model}: is a file; give the directory that holds config.json")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such directory, and not a hub id of the form owner/name either")
-    return _download(model, revision or DEFAULT_REVISION)
+    return _download(model, revision or DEFAULT_REVISION, list(patterns))
 
 
 def locate_config(model: str, revision: str | None = None) -> Path:
     """A directory with the config.json of `model`, which is all that is downloaded of a hub id."""
-    if Path(os.path.expanduser(model)).exists() or not _HUB_ID.fullmatch(model):
-        return locate(model, revision)
-    return _download(model, revision or DEFAULT_REVISION, ["config.json"])
+    return locate(model, revision, ["config.json"])
 
 
-def _download(model: str, revision: str, patterns: list[str] | None = None) -> Path:
+def _download(model: str, revision: str, patterns: list[str]) -> Path:
     from modelscope.hub.snapshot_download import snapshot_download
 
     def snapshot(**options: Any) -> Path:
-        wanted = patterns or DOWNLOAD_PATTERNS
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, **options))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, **options))
 
     try:
         return snapshot()
     except Exception as error:  # the client's errors have no common base: requests', its own, ValueError
         try:
             return snapshot(local_files_only=True)  # no network: what was downloaded before will do
-        except Exception:
+        except Exception:  # likewise; what is told is why the hub was of no use, not that the cache is empty
             raise CheckpointError(
                 f"{model}: no such directory here, and revision {revision!r} cannot be had from the hub "
                 f"({type(error).__name__}: {one_line(error, 160)}). Check the name, the revision and the network"

@@ -36,7 +36,8 @@ from train.batching import Plan
 from train.bench import peak_memory
 from train.checkpoints import RunCheckpoint, check_disk, choose_resume, writing
 from train.config import Resolved, TrainConfig, add_flags, flag, resolve
-from train.lora import Lora, add_adapters, check_lora, merge, read_lora
+from train.lora import Lora, add_adapters, check_lora, merge
+from train.memory import checkpoint_bytes
 from train.planning import Hardware, choose
 from train.prepare import Prepared, prepare
 from train.progress import Progress
@@ -94,24 +95,24 @@ def run(resolved: Resolved) -> Path:
         raise SettingError(f"{output / FINAL}: this run is finished; give another output_dir, or remove it")
 
     reporters(config)
-    lora = read_lora(config.lora)
 
     # Records and plan: every process makes the same ones.
     made = prepare(config, world)
-    tokenizer, plan = made.tokenizer, made.plan
+    tokenizer, plan, lora = made.tokenizer, made.plan, made.lora
     say(made.checked.report)
     say(", ".join(f"{name} {value}" for name, value in plan.summary().items()))
 
     # Hardware: what fits, and why.
     job = made.job(config)
-    choice = choose(job, see_hardware(output, world), config.zero_stage, config.offload, config.dtype)
+    hardware = see_hardware(output, world)
+    choice = choose(job, hardware, config.zero_stage, config.offload, config.dtype)
     use_deepspeed = choice.stage > 0 or world > 1
     say(f"{choice.dtype} ({choice.dtype_reason}); ZeRO {choice.stage}, offload {choice.offload} ({choice.reason})")
     say(
         "optimizer by DeepSpeed" if use_deepspeed else "one process and ZeRO 0: transformers' Trainer without DeepSpeed"
     )
-    checkpoint_bytes = 14 * job.trained
-    check_disk(output, checkpoint_bytes * (config.keep_checkpoints + 1) + 4 * job.parameters, "the run")
+    one_checkpoint = checkpoint_bytes(job.trained)
+    check_disk(output, one_checkpoint * (config.keep_checkpoints + 1) + 4 * job.parameters, "the run")
     resume, lines = choose_resume(output, config.resume, plan.order_hash)
     for line in lines:
         say(line)
@@ -121,7 +122,7 @@ def run(resolved: Resolved) -> Path:
     check_lora(lora, start.stage, resume.path if resume else None)
     use_deepspeed = start.use_deepspeed
     if start.stage != choice.stage:
-        choice = choose(job, see_hardware(output, world), str(start.stage), config.offload, config.dtype)
+        choice = choose(job, hardware, str(start.stage), config.offload, config.dtype)
 
     # Training. The arguments come before the model: with ZeRO 3 they make from_pretrained shard while it loads.
     if first:
@@ -142,7 +143,7 @@ def run(resolved: Resolved) -> Path:
     trainer = DollyTrainer(
         config,
         plan,
-        checkpoint_bytes,
+        one_checkpoint,
         made.held_out,
         model=model,
         args=arguments,

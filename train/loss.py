@@ -16,12 +16,11 @@ from transformers import GPTNeoXForCausalLM
 
 from .attention import packed_inputs
 
+Example = tuple[Sequence[int], int]  # token ids, length of the prompt
 IGNORED = -100  # label of a token that is not learned, as in torch's cross_entropy
 
 
-def packed_batch(
-    records: Sequence[tuple[Sequence[int], int]], filler: int, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
+def packed_batch(records: Sequence[Example], filler: int, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Inputs and labels of one forward pass.
 
     Args:
@@ -39,7 +38,7 @@ def packed_batch(
     return {**packed_inputs(ids, device), "labels": torch.tensor(labels or [IGNORED], device=device)[None]}
 
 
-def label_count(records: Sequence[tuple[Sequence[int], int]]) -> int:
+def label_count(records: Sequence[Example]) -> int:
     """Response tokens of some records."""
     return sum(len(tokens) - prompt for tokens, prompt in records)
 
@@ -69,7 +68,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def padded_batch(
-    records: Sequence[tuple[Sequence[int], int]], filler: int, multiple: int = 8, device: torch.device | str = "cpu"
+    records: Sequence[Example], filler: int, multiple: int = 8, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """The same the 2023 way, for comparison: a row per record, padded to the longest, and logits of every token."""
     records = records or [((filler,), 1)]

@@ -9,6 +9,7 @@ Of the base model only config.json and the tokenizer are read; of the records, a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -103,8 +104,6 @@ def report(resolved: Resolved, gpus: str | None = None) -> str:
 
 def _padded_tokens(resolved: Resolved, made: Prepared) -> int:
     """Tokens that batches of padded_batch_size records, padded to their longest, would process in one process."""
-    import dataclasses
-
     config = dataclasses.replace(resolved.config, batching="padded", padded_batch_size=_divisor(resolved.config))
     return make_plan(config, [len(ids) for ids, _ in made.examples], 1).processed
 

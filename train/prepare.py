@@ -14,13 +14,11 @@ from modelscope_dolly.prompt import DollyTokenizer
 
 from .batching import Plan, packed_plan, padded_plan
 from .config import TrainConfig
-from .lora import read_lora
-from .loss import label_count
+from .lora import Lora, read_lora
+from .loss import Example, label_count
 from .memory import Job
 from .records import Checked, check_records, split
 from .sources import read_records
-
-Example = tuple[Sequence[int], int]  # token ids, length of the prompt
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Prepared:
         checked: the usable records and the report on all of them.
         examples, held_out: for training and for evaluation.
         plan: for this number of processes.
+        lora: settings of the adapters, if any are trained.
     """
 
     base: Path
@@ -45,11 +44,12 @@ class Prepared:
     examples: list[Example]
     held_out: list[Example]
     plan: Plan
+    lora: Lora | None
 
     def job(self, config: TrainConfig) -> Job:
         """What the memory arithmetic wants to know."""
         return Job(
-            self.network, self.plan.largest[0], None, config.checkpoint_activations, (config.lora or {}).get("r", 0)
+            self.network, self.plan.largest[0], None, config.checkpoint_activations, self.lora.r if self.lora else 0
         )
 
     def summary(self) -> dict:
@@ -73,7 +73,7 @@ def prepare(config: TrainConfig, world: int) -> Prepared:
     Raises:
         DollyError: of the kind that fits; nothing has been written.
     """
-    read_lora(config.lora)
+    lora = read_lora(config.lora)
     base = locate(config.model, config.model_revision)
     network = read_config(base)
     tokenizer = read_tokenizer(base, add_keys=True)
@@ -89,7 +89,7 @@ def prepare(config: TrainConfig, world: int) -> Prepared:
         [(checked.ids[i], checked.prompt_lengths[i]) for i in part] for part in (train_part, test_part)
     )
     plan = make_plan(config, [len(ids) for ids, _ in examples], world)
-    return Prepared(base, network, tokenizer, source.sha256, checked, examples, held_out, plan)
+    return Prepared(base, network, tokenizer, source.sha256, checked, examples, held_out, plan, lora)
 
 
 def make_plan(config: TrainConfig, lengths: Sequence[int], world: int) -> Plan:

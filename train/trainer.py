@@ -21,9 +21,7 @@ from modelscope_dolly.manifest import write_atomically
 from .batching import Plan
 from .checkpoints import check_disk, mark_complete, prune, remove, writing
 from .config import TrainConfig
-from .loss import label_count, packed_batch, padded_batch, response_loss
-
-Example = tuple[Sequence[int], int]  # token ids, length of the prompt
+from .loss import Example, label_count, packed_batch, padded_batch, response_loss
 
 
 class LossOf(torch.nn.Module):
