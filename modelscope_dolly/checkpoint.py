@@ -16,13 +16,16 @@ from .errors import CheckpointError, one_line
 from .manifest import read_json
 from .neox import parameter_shapes
 from .prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
+from .quantize import METHODS, MODEL_TYPE, stored_shapes
 from .weights import inventory, weight_files
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
 
 #: What a download takes: no .py, and no pickle but the weights, which are read without running any.
-DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.jinja", "*.txt", "*.md", "LICENSE*"]
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md", "LICENSE*"]
+#: Wanted only where there is no safetensors: many repositories hold the same weights in both forms.
+PICKLED = "pytorch_model*.bin"
 DEFAULT_REVISION = "master"
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -49,12 +52,14 @@ class Checkpoint:
         config: sizes and constants of the network.
         tokenizer: with the prompt contract.
         tensors: name of each parameter -> (file, name inside that file).
+        quantization: "int8" or "int4" where the linear layers are stored so (see quantize.py), otherwise None.
     """
 
     path: Path
     config: GPTNeoXConfig
     tokenizer: DollyTokenizer
     tensors: dict[str, tuple[Path, str]]
+    quantization: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -77,7 +82,10 @@ def locate(model: str, revision: str | None = None, patterns: Sequence[str] = DO
         raise CheckpointError(f"{model}: is a file; give the directory that holds config.json")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such directory, and not a hub id of the form owner/name either")
-    return _download(model, revision or DEFAULT_REVISION, list(patterns))
+    path = _download(model, revision or DEFAULT_REVISION, list(patterns))
+    if patterns is DOWNLOAD_PATTERNS and not any(path.glob("*.safetensors")):
+        path = _download(model, revision or DEFAULT_REVISION, [*patterns, PICKLED])
+    return path
 
 
 def locate_config(model: str, revision: str | None = None) -> Path:
@@ -120,11 +128,32 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
             _refuse(manifest.problems(path, [*_side_files(path), *(file.name for file in files)]))
         tokenizer = read_tokenizer(path)
         _refuse(vocabulary_problems(path, config, tokenizer))
-        tensors, wrong = inventory(path, parameter_shapes(config), files)
+        tensors, wrong = inventory(path, expected_tensors(path, config), files)
         _refuse(wrong)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {repair_hint(path)}") from error.__cause__
-    return Checkpoint(path, config, tokenizer, tensors)
+    return Checkpoint(path, config, tokenizer, tensors, read_quantization(path))
+
+
+def expected_tensors(path: Path, config: GPTNeoXConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor that the weight files must hold."""
+    return stored_shapes(parameter_shapes(config), read_quantization(path))
+
+
+def read_quantization(path: Path) -> str | None:
+    """How the linear layers of a directory are stored: "int8", "int4" or None; another way is a CheckpointError."""
+    entry = read_json(path / "config.json").get("quantization_config")
+    if entry is None:
+        return None
+    found = (entry.get("quant_method"), entry.get("version")) if isinstance(entry, dict) else (entry, None)
+    for method in METHODS:
+        if found == (f"dolly-{method}", 1):
+            return method
+    known = ", ".join(f"dolly-{method}" for method in METHODS)
+    raise CheckpointError(
+        f"{path / 'config.json'}: quantization_config is {found[0]!r} version {found[1]!r}, which this version cannot "
+        f"read; it knows version 1 of {known}. Use the checkpoint that it was made from"
+    )
 
 
 def _refuse(found: list[str]) -> None:
@@ -151,8 +180,9 @@ def read_config(path: Path) -> GPTNeoXConfig:
     """config.json in the spelling of 2023 (rotary_pct, rotary_emb_base), of today (rope_parameters), or both."""
     file = path / "config.json"
     raw = read_json(file)
-    if raw.get("model_type") != "gpt_neox":
-        raise CheckpointError(f"{file}: model_type is {raw.get('model_type')!r}, dolly-v2 is 'gpt_neox'")
+    model_type = MODEL_TYPE if read_quantization(path) else "gpt_neox"
+    if raw.get("model_type") != model_type:
+        raise CheckpointError(f"{file}: model_type is {raw.get('model_type')!r}, dolly-v2 is {model_type!r}")
     for key, (low, high) in _REQUIRED.items():
         if type(raw.get(key)) is not int or not low <= raw[key] <= high:
             raise CheckpointError(f"{file}: {key} is {raw.get(key)!r}, expected a whole number from {low} to {high}")

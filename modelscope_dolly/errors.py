@@ -30,6 +30,18 @@ class HardwareError(DollyError):
     """The requested device, number type or amount of memory is not on this machine."""
 
 
+class PublishError(DollyError):
+    """The hub or the network did not let a publish be completed.
+
+    Attributes:
+        again: the same command may do it.
+        final: it was waited for, in vain.
+        absent: what was asked for is not there.
+    """
+
+    again = final = absent = False
+
+
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
     """Message for a name that does not exist: the name, its nearest neighbour, and all that is allowed."""
     allowed = sorted(allowed)

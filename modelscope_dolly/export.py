@@ -80,12 +80,21 @@ def export_checkpoint(
     with new_directory(Path(target), replace) as directory:
         model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_SIZE)
         tokenizer.tokenizer.save_pretrained(directory)
-        finish_directory(directory, tokenizer)
+        write_side_files(directory, tokenizer)
+        seal_directory(directory)
     return Path(target)
 
 
-def finish_directory(directory: Path, tokenizer: DollyTokenizer) -> None:
-    """Turn what save_pretrained wrote into what is published, and vouch for it with a manifest."""
+def seal_directory(directory: Path) -> None:
+    """Make the weights as readable as the rest, and vouch for all files with a manifest."""
+    mode = (directory / "config.json").stat().st_mode
+    for shard in directory.glob("*.safetensors"):
+        shard.chmod(mode)  # safetensors writes files that only their owner may read
+    manifest.write(directory)
+
+
+def write_side_files(directory: Path, tokenizer: DollyTokenizer) -> None:
+    """Turn what save_pretrained wrote, the weights apart, into what is published."""
     _write_json(directory / "config.json", both_spellings(read_json(directory / "config.json")))
     control = tokenizer.control
     generation = {
@@ -106,10 +115,6 @@ def finish_directory(directory: Path, tokenizer: DollyTokenizer) -> None:
                                                       "clean_up_tokenization_spaces": False})  # fmt: skip
     manifest.write_atomically(directory / "chat_template.jinja", chat_template())
     shutil.copyfile(CONFIGURATION, directory / CONFIGURATION.name)
-    mode = (directory / "config.json").stat().st_mode
-    for shard in directory.glob("*.safetensors"):
-        shard.chmod(mode)  # safetensors writes files that only their owner may read
-    manifest.write(directory)
 
 
 def both_spellings(config: dict) -> dict:

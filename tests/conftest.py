@@ -85,3 +85,14 @@ def checkpoint_dir(tmp_path_factory, tokenizer) -> Path:
     """A complete exported directory with random weights and a manifest. Do not write into it: copy it."""
     target = tmp_path_factory.mktemp("checkpoint") / "dolly-tiny"
     return export_checkpoint(random_model(vocab_size=len(tokenizer.tokenizer)), tokenizer, target)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Tests that try many cases in one go say how many: `record_property("cases", (kind, count))`."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "when")]
+    called = [report for report in reports if report.when == "call"]
+    cases = [value for report in called for name, value in report.user_properties if name == "cases"]
+    if cases:
+        kinds = sorted({kind for kind, _ in cases})
+        each = ", ".join(f"{kind} {sum(count for other, count in cases if other == kind)}" for kind in kinds)
+        terminalreporter.write_line(f"injected faults: {sum(count for _, count in cases)} cases ({each})")

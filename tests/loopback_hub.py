@@ -14,18 +14,15 @@ import hashlib
 import json
 import os
 import re
-import socket
-import socketserver
-import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+from loopback_http import Fault, Refusal, Reply, Request, Server
 
 LARGE = 1 << 20  # seeded files above this stay on disk
 PUBLIC, PRIVATE = 5, 1  # the wire encoding of visibility
@@ -33,34 +30,6 @@ EPOCH = 1_700_000_000  # time of every first commit; later ones count up from it
 OPENAPI_CODES = {401: "InvalidAuthentication", 403: "OperationNotAllowed", 404: "ResourceNotFound"}
 # What starts like this in the caller's environment could steer the client away from this hub or from its defaults.
 STEERING = ("MODELSCOPE_", "MS_", "HUB_", "HF_", "HUGGING", "API_HTTP_", "UPLOAD_", "INTRA_CLOUD", "INTER_CLOUD")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What goes wrong with one request.
-
-    kind   "drop"    the connection closes before the request is processed
-           "cut"     it closes in the middle of the request's body or, where there is none, of the answer's body
-           "lost"    the request is carried out, and the connection closes instead of an answer
-           "status"  the request is not carried out; the answer is `status` with `headers` and an error body
-    """
-
-    kind: str
-    status: int = 503
-    headers: Mapping[str, str] = field(default_factory=dict)
-    message: str = "injected fault"  # the client takes a 400 with "exist" or "already" in it for a duplicate
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("drop", "cut", "lost", "status"):
-            raise ValueError(f"unknown kind of fault {self.kind!r}; known: drop, cut, lost, status")
-
-
-class Request(NamedTuple):
-    """One request as it arrived; `path` includes the query, header names are in lower case."""
-
-    method: str
-    path: str
-    headers: Mapping[str, str]
 
 
 class Call(NamedTuple):
@@ -73,20 +42,6 @@ class Call(NamedTuple):
 
     def json(self) -> dict:
         return json.loads(self.body)
-
-
-class Reply(NamedTuple):
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-class Refusal(Exception):
-    """An error answer. `code` is the number that tells errors of one status apart on the /api/v1 surface."""
-
-    def __init__(self, status: int, message: str, code: int = 0, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code or status, headers or {}
 
 
 class Commit(NamedTuple):
@@ -134,12 +89,13 @@ class LoopbackHub:
         self.username, self.token = username, "loopback-token"
         self.requests: list[Request] = []
         self.errors: list[BaseException] = []  # bugs of this server; raised on leaving, or they would look like faults
+        self.storage: str | None = None  # address of another host that takes blobs, see loopback_storage.py
         self._repositories: dict[str, Repository] = {}
         self._blobs: dict[str, bytes | Path] = {}
         self._lock = threading.RLock()
 
     def __enter__(self):
-        self._server = _Server(self)
+        self._server = Server(self)
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         # The interval bounds how long leaving takes; no request waits for it.
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -198,6 +154,26 @@ class LoopbackHub:
     def tree(self, repo_id: str, revision: str = "master") -> dict[str, tuple[str, int]]:
         """path -> (sha256, size) at a revision, seen from inside."""
         return dict(self._repositories[repo_id].find(revision).tree)
+
+    def repository(self, repo_id: str) -> Repository:
+        """The repository itself, to be changed behind the client's back."""
+        return self._repositories[repo_id]
+
+    def stores(self, sha256: str) -> bool:
+        """Whether a blob is there."""
+        return sha256 in self._blobs
+
+    def commits(self, repo_id: str) -> list[str]:
+        """Messages of a repository's commits, oldest first."""
+        return [commit.message for commit in self._repositories[repo_id].commits.values()]
+
+    def tags(self, repo_id: str) -> list[str]:
+        """Names of a repository's tags; none where there is no repository."""
+        return list(self._repositories[repo_id].tags) if repo_id in self._repositories else []
+
+    def visibility(self, repo_id: str) -> int:
+        """PUBLIC or PRIVATE."""
+        return self._repositories[repo_id].visibility
 
     def see(self, request: Request) -> Fault | None:
         with self._lock:
@@ -263,7 +239,7 @@ class LoopbackHub:
         if call.user != (owner or call.user):
             raise Refusal(403, f"{call.user} has no right to write under {owner}")
 
-    def _store(self, data: bytes) -> tuple[str, int]:
+    def store(self, data: bytes) -> tuple[str, int]:
         sha256 = hashlib.sha256(data).hexdigest()
         self._blobs[sha256] = data
         return sha256, len(data)
@@ -271,7 +247,7 @@ class LoopbackHub:
     def _store_file(self, path: Path) -> tuple[str, int]:
         size = path.stat().st_size
         if size <= LARGE:
-            return self._store(path.read_bytes())
+            return self.store(path.read_bytes())
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(LARGE):
@@ -320,14 +296,14 @@ class LoopbackHub:
         objects = [{"oid": wish["oid"], "size": wish["size"]} for wish in call.json()["objects"]]
         for item in objects:
             if item["oid"] not in self._blobs:  # without an upload address the client takes a blob as stored
-                item["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{repo_id}/{item['oid']}"}}
+                item["actions"] = {"upload": {"href": f"{self.storage or self.endpoint}/lfs/{repo_id}/{item['oid']}"}}
         return {"objects": objects}
 
     def _lfs_put(self, call: Call, repo_id: str, oid: str) -> dict:
         self._writable(call, repo_id)
         if hashlib.sha256(call.body).hexdigest() != oid:
             raise Refusal(400, f"the bytes sent are not those of {oid}")
-        self._store(call.body)
+        self.store(call.body)
         return {}
 
     def _commit(self, call: Call, repo_id: str, branch: str) -> dict:
@@ -345,7 +321,7 @@ class LoopbackHub:
                     raise Refusal(400, f"{path}: its blob was not uploaded")
                 tree[path] = (action["sha256"], action["size"])
             else:
-                tree[path] = self._store(base64.b64decode(action["content"]))
+                tree[path] = self.store(base64.b64decode(action["content"]))
         return {"Id": repository.commit(branch, wish["commit_message"], tree).id}
 
     def _tag(self, call: Call, repo_id: str) -> dict:
@@ -413,97 +389,3 @@ ROUTES = [
     _route("GET", "/api/v1/models/{repo}/repo/files", LoopbackHub._files),
     _route("GET", "/api/v1/models/{repo}/repo", LoopbackHub._file),
 ]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are two writes; the second would wait 40 ms for an ack
-
-    def _serve(self) -> None:
-        hub: LoopbackHub = self.server.hub
-        request = Request(self.command, self.path, {name.lower(): value for name, value in self.headers.items()})
-        length = int(request.headers.get("content-length", 0))
-        chunked = "chunked" in request.headers.get("transfer-encoding", "")
-        fault = hub.see(request)
-        kind = fault.kind if fault else ""
-        if kind == "drop":
-            return self._hang_up()
-        if kind == "cut" and (length or chunked):
-            self.rfile.read(length // 2)  # of a chunked body nothing: its middle is not known yet
-            return self._hang_up()
-        body = self._read_chunked() if chunked else self._read(length)
-        if kind == "status":
-            refusal = Refusal(fault.status, fault.message, headers=fault.headers)
-            reply = hub.refuse(refusal, openapi=self.path.startswith("/openapi/"))
-        else:
-            reply = hub.answer(request, body)
-        if kind == "lost":
-            return self._hang_up()
-        self.send_response(reply.status)
-        for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(reply.body[: len(reply.body) // 2] if kind == "cut" else reply.body)
-        if kind == "cut":
-            self._hang_up()
-
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = _serve
-
-    def _read(self, size: int) -> bytes:
-        data = self.rfile.read(size)
-        if len(data) < size:
-            raise ConnectionAbortedError("the client hung up")  # half a request is none
-        return data
-
-    def _read_chunked(self) -> bytes:
-        chunks = []
-        while size := int(self.rfile.readline().split(b";")[0] or self._read(1), 16):  # no line at all: _read raises
-            chunks.append(self._read(size))
-            self.rfile.readline()
-        while self.rfile.readline().strip():  # trailers, up to the empty line
-            pass
-        return b"".join(chunks)
-
-    def _hang_up(self) -> None:
-        self.close_connection = True
-        try:
-            self.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # the client was faster
-
-    def log_message(self, *_: object) -> None:
-        """Nothing: `LoopbackHub.requests` is the log."""
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that closing waits for every handler, and no socket outlives the test
-    request_queue_size = 64  # the client opens up to eight connections at once, beside its idle ones
-
-    def __init__(self, hub: LoopbackHub) -> None:
-        self.hub = hub
-        self._open: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # http.server's own also asks DNS for the name of 127.0.0.1
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._open.discard(request)
-        super().shutdown_request(request)
-
-    def server_close(self) -> None:
-        for connection in list(self._open):
-            try:
-                connection.shutdown(socket.SHUT_RDWR)  # wakes the handler of an idle keep-alive connection
-            except OSError:
-                continue  # the client or the handler was faster
-        super().server_close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        if not isinstance(error, ConnectionError):  # a client may hang up; anything else is a bug here
-            self.hub.errors.append(error)

@@ -120,10 +120,15 @@ def test_resume_no_does_not_mix_with_checkpoints_that_are_there(tmp_path):
         choose_resume(tmp_path, "no", ORDER)
 
 
-def test_a_named_checkpoint_is_taken_even_if_it_is_not_the_newest(tmp_path):
+def test_a_named_checkpoint_older_than_the_newest_is_taken_into_another_run_only(tmp_path):
     saved(tmp_path, 2), saved(tmp_path, 4)
-    found, lines = choose_resume(tmp_path, str(tmp_path / "checkpoint-2"), ORDER)
+    named = str(tmp_path / "checkpoint-2")
+    with pytest.raises(SettingError, match=r"step 2, but .*checkpoint-4 is newer; remove the newer checkpoints, or"):
+        choose_resume(tmp_path, named, ORDER)
+    found, lines = choose_resume(tmp_path / "other", named, ORDER)
     assert found.step == 2 and lines == [f"resuming from {tmp_path / 'checkpoint-2'} at step 2"]
+    (tmp_path / "checkpoint-4" / MARKER).unlink()  # incomplete ones do not count
+    assert choose_resume(tmp_path, named, ORDER)[0].step == 2
 
 
 @pytest.mark.parametrize("name", ["checkpoint-8", "final", "checkpoint-5"])

@@ -74,7 +74,14 @@ def test_a_bare_no_and_a_bare_number_are_the_words_they_look_like(tmp_path):
         ({"tokens_per_batch": 100}, "tokens_per_batch is 100, it must be at least max_length - 1 = 2047"),
         ({"model": ""}, "model is missing: set it in the file or with --model"),
         ({"adam_beta1": 1.0}, "adam_beta1 is 1.0"),
-        ({"publish": {"model_id": "me/x"}}, "cannot publish yet"),
+        ({"publish": "me/x"}, "publish is 'me/x', it must be {key: value, ...}"),
+        ({"publish": {"model_id": "me/x"}}, "publish has no revision"),
+        ({"publish": {"model_id": "me", "revision": "v1.0.0"}}, "model_id is 'me', it must be OWNER/NAME"),
+        ({"publish": {"model_id": "me/x", "revision": "master"}}, "revision is 'master', it must be a tag"),
+        ({"publish": {"model_id": "me/x", "revision": 1.0}}, "revision is 1.0, it must be a tag"),
+        ({"publish": {"model_id": "me/x", "revision": "v1", "visibilty": "public"}}, "Did you mean 'visibility'"),
+        ({"publish": {"model_id": "me/x", "revision": "v1", "visibility": "open"}}, "it must be private or public"),
+        ({"publish": {"model_id": "me/x", "revision": "v1", "token": "x"}}, "set MODELSCOPE_API_TOKEN"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(changes, says):

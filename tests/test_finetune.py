@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from training_runs import (
     HELD_OUT,
+    RECIPE,
     RECORDS,
     STEPS,
     Processes,
@@ -29,7 +31,8 @@ from modelscope_dolly import dolly_pipeline
 from modelscope_dolly.check import check_directory
 from modelscope_dolly.prompt import CONTROL_KEYS
 from train import finetune
-from train.checkpoints import writing
+from train.checkpoints import RunCheckpoint, writing
+from train.config import build
 from train.finetune import main
 
 
@@ -166,10 +169,18 @@ def test_one_process_with_deepspeed_gives_the_losses_of_one_without(tmp_path):
     same_weights(tmp_path / "run", finished())
 
 
+LAUNCHERS = {
+    "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"],
+    "accelerate": ["accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1",
+                   "--main_process_port"],
+}  # fmt: skip
+
+
 @needs_deepspeed
-def test_the_deepspeed_launcher_gives_the_losses_of_torchrun(tmp_path):
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_other_launchers_give_the_losses_of_torchrun(tmp_path, name):
     recipe = write_recipe(tmp_path)
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    launcher = ["-m", *LAUNCHERS[name], str(free_port())]
     done = launch(*launcher, "--module", "train.finetune", str(recipe), "--zero-stage", "2", "--max-length", "512")
     assert done.returncode == 0, done.stdout + done.stderr
     assert rows(tmp_path / "run") == rows(finished(2, "2"))
@@ -290,3 +301,15 @@ def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0 and "--tokens-per-batch" in capsys.readouterr().out
+
+
+def test_settings_that_changed_since_the_last_start_are_told(tmp_path):
+    needed = {"model": "m", "dataset": "d", "output_dir": "o"}
+    before = build({**RECIPE, **needed}).config
+    now = replace(before, learning_rate=1e-4, keep_checkpoints=7)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"starts": [{"settings": {"learning_rate": 7.0}}, {"settings": asdict(before)}]}))
+    resume = RunCheckpoint(tmp_path, 2, 1, "", "")
+    expected = ["changed since the last start: learning_rate was 0.001, is 0.0001"]
+    assert finetune.changed_settings(path, now, resume) == expected
+    assert finetune.changed_settings(path, before, resume) == finetune.changed_settings(path, now, None) == []

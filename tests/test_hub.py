@@ -6,6 +6,7 @@ Separate processes are the honest way: the client reads its environment when it 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -33,7 +34,11 @@ def hub(checkpoint_dir, tmp_path_factory):
     copy_2023_layout(checkpoint_dir, old)
     plain = tmp_path_factory.mktemp("hub") / "plain"
     plain_hf(checkpoint_dir, plain)
+    both = tmp_path_factory.mktemp("hub") / "both"
+    shutil.copytree(checkpoint_dir, both)
+    shutil.copy(old / "pytorch_model.bin", both)
     with LoopbackHub() as server:
+        server.add_model("someone/both", {"v1.0.0": both})
         server.add_model("someone/dolly-v2-12b", {"v1.0.2": checkpoint_dir})
         server.add_model("someone/dolly-2023", {"v1.0.2": old})
         server.add_model("someone/plain", {"v1.0.0": plain})
@@ -80,6 +85,20 @@ def test_2023_repository_loads_without_its_code_and_without_a_trust_flag(hub, tm
     assert (code, imported) == ([], [])
     local = dolly_pipeline(str(checkpoint_dir), device="cpu", dtype="fp32")
     assert answer == local(QUESTION, do_sample=False, max_new_tokens=20)
+
+
+def test_the_same_weights_in_both_forms_are_downloaded_once(hub, tmp_path):
+    done = run(
+        hub,
+        tmp_path,
+        """
+        from modelscope_dolly.checkpoint import locate
+        print(*sorted(path.name for path in locate("someone/both", "v1.0.0").iterdir()))
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.splitlines()[-1].split()
+    assert "model.safetensors" in names and "pytorch_model.bin" not in names
 
 
 def test_modelscope_itself_refuses_the_2023_repository(hub, tmp_path):

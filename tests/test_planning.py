@@ -351,7 +351,7 @@ def test_host_memory_decides_about_offloading():
     assert choose(job("7b"), Hardware.parse("1xH100-80G,host=128G")).offload == "optimizer"
     with pytest.raises(HardwareError, match=r"z2 \+ optimizer offload needs 113.9 GiB of host memory") as caught:
         choose(job("7b"), Hardware.parse("1xH100-80G,host=64G"))
-    assert "lora: {r: 16}, which fits (18.3 GiB per GPU with spare, 78.5 GiB free)" in str(caught.value)
+    assert "lora: {r: 16}, which fits (18.4 GiB per GPU with spare, 78.5 GiB free)" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -415,11 +415,27 @@ def test_disk_holds_the_kept_checkpoints_one_more_and_the_model():
 
 
 def test_too_little_disk_is_said_with_both_figures():
-    enough = math.ceil(disk_need(job(), 616, 200, 2) / GIB)
-    assert check_disk(job(), Hardware.parse(f"cpu,disk={enough}G"), 616, 200, 2).endswith(f"free: {enough}.0 GiB")
-    assert check_disk(job(), Hardware.parse("cpu"), 616, 200, 2).endswith("free: not stated")
+    need = disk_need(job(), 616, 200, 2)
+    enough = math.ceil(need / GIB)
+    assert check_disk(need, Hardware.parse(f"cpu,disk={enough}G"), 2).endswith(f"free: {enough}.0 GiB")
+    assert check_disk(need, Hardware.parse("cpu"), 2).endswith("free: not stated")
     with pytest.raises(HardwareError, match=r"up to 113.7 GiB on disk .*, but 100.0 GiB are free: lower keep_"):
-        check_disk(job(), Hardware.parse("cpu,disk=100G"), 616, 200, 2)
+        check_disk(need, Hardware.parse("cpu,disk=100G"), 2)
+
+
+def test_activations_are_kept_where_they_fit_and_only_then():
+    roomy = Hardware.parse("1xH100-80G")
+    tight = Hardware("X", 1, with_spare(choose(job(), roomy).taken.gpu), None, None, True)
+    for hardware, recompute in ((roomy, False), (tight, True)):
+        choice = choose(job(), hardware, recompute="auto")
+        assert choice.recompute is recompute and choice.fits, choice.reason
+        assert (choice.stage, choice.offload) == (0, "none")
+        assert ("without being recomputed" in choice.reason) is not recompute
+    assert choose(job(), roomy, recompute="true").recompute and not choose(job(), tight, recompute="false").recompute
+    kept = choose(job(), roomy, recompute="auto").taken.gpu
+    copies = 2 * job().parameters
+    whole = activations(job().config, 2048, checkpointing=False).total
+    assert kept == held("3b", 0, 1).gpu + max(whole + copies, update(job().parameters, 0, 1))
 
 
 def test_table_has_a_row_per_candidate_and_marks_the_taken_one():
@@ -438,6 +454,6 @@ def test_table_for_the_documentation_has_every_machine_and_size():
     assert lines[0] == "| hardware | 3b | 7b | 12b |" and len(lines) == 2 + 7
     cells = {line.split(" | ")[0].lstrip("| "): line.strip("| ").split(" | ")[1:] for line in lines[2:]}
     assert cells["8xA100-80G"] == ["z1: 15.9 GiB", "z1: 38.3 GiB", "z1: 66.2 GiB"]
-    assert cells["1xH100-80G"][2] == "z2 + optimizer offload: 46.4 GiB, host 176.5 GiB; or LoRA z0: 25.1 GiB"
+    assert cells["1xH100-80G"][2] == "z2 + optimizer offload: 46.4 GiB, host 176.5 GiB; or LoRA z0: 25.2 GiB"
     assert cells["cpu,host=64G"][1] == "LoRA z0: host 28.9 GiB"
     assert cells["1xFOO-4G,host=8G"][2] == "does not fit"

@@ -196,10 +196,11 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path, small_disk,
     full = Processes(recipe, world=world, before=forget_to_check_the_disk)
     codes = full.wait()
     told = [line for rank in range(world) for line in full.stderr(rank).splitlines() if "train.finetune: " in line]
-    assert 2 in codes and 0 not in codes and len(told) >= 1
+    told = [line for line in told if not line.endswith("another process of this run ended; its message says why")]
+    assert set(codes) == {2} and len(told) >= 1
     pattern = r"train.finetune: (\S+) cannot be written \(.+\); 0.00 GB are free there. Started again, .*"
     assert all(re.fullmatch(pattern, line)[1] == str(run / "checkpoint-6") for line in told)
-    assert world > 1 or "Traceback" not in full.stderr()
+    assert all("Traceback" not in full.stderr(rank) for rank in range(world))
     assert newest_complete(run)[0].step == 3
 
     subprocess.run(["mount", "-o", "remount,size=64m", str(run)], check=True)

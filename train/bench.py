@@ -4,7 +4,8 @@
 
 Each run is a process of its own, with checkpoints and evaluation off. The first step of each is left out of its
 figures: it pays for what is done once. Speed is that of the median step, and counts useful tokens, those of records;
-padding is not useful.
+padding is not useful. Padded batches recompute activations, as the script of 2023 does; packed ones where the memory
+asks for it. `--checkpoint-activations true` or `false` makes both do the same.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ import torch
 
 from modelscope_dolly.errors import DollyError
 
-from .config import TrainConfig, add_flags, resolve
+from .config import Parser, TrainConfig, add_flags, flag, resolve
 
 MODES = ("padded", "packed")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.bench", description="Compare with padded batches.", allow_abbrev=False)
+    parser = Parser("train.bench", "Compare with padded batches.")
     add_flags(parser)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each run (default: 10)")
     parser.add_argument("--processes", type=int, default=1, help="processes of each run, by torchrun (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse(arguments)
         config = resolve(options).config
         if options.steps < 2:
             raise DollyError(f"--steps is {options.steps}, it must be at least 2: the first is not counted")
@@ -59,6 +60,8 @@ def measure(config: TrainConfig, options: argparse.Namespace, mode: str) -> dict
             command += ["torch.distributed.run", "--nproc-per-node", str(options.processes), "--module"]
         command += ["train.finetune", str(options.recipe), *_overrides(options)]
         command += ["--output-dir", str(run), "--batching", mode, "--max-steps", str(options.steps)]
+        if mode == "padded" and config.checkpoint_activations == "auto":
+            command += ["--checkpoint-activations", "true"]
         command += ["--save-every", str(10**9), "--eval-every", "0", "--report-to", "none", "--resume", "no"]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DOLLY_BENCH": "1"})
         if done.returncode:
@@ -83,7 +86,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     mine = {"output_dir", "batching", "max_steps", "save_every", "eval_every", "report_to", "resume"}
     names = [name for name in TrainConfig.__dataclass_fields__ if name not in mine]
     given = [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
-    return [part for name, value in given for part in (f"--{name.replace('_', '-')}", value)]
+    return [part for name, value in given for part in (flag(name), value)]
 
 
 def peak_memory() -> int:

@@ -96,7 +96,8 @@ def choose_resume(run: Path, resume: str, order_hash: str) -> tuple[RunCheckpoin
 
     Raises:
         DollyError: the named checkpoint is incomplete.
-        SettingError: the checkpoint belongs to another plan, or "no" meets a directory with checkpoints.
+        SettingError: the checkpoint belongs to another plan, the run has newer ones than the one named, or "no" meets
+            a directory with checkpoints.
     """
     if resume == "no":
         there = run_checkpoints(run)
@@ -111,6 +112,12 @@ def choose_resume(run: Path, resume: str, order_hash: str) -> tuple[RunCheckpoin
         lines = [f"skipped: {reason}" for reason in skipped]
     else:
         found, lines = open_run_checkpoint(Path(resume)), []
+        newest, _ = newest_complete(run)
+        if newest and newest.step > found.step:  # the next automatic resume would take that one, of another history
+            raise SettingError(
+                f"resume is {resume!r}, step {found.step}, but {newest.path} is newer; remove the newer checkpoints, "
+                "or give another output_dir, which leaves both histories whole"
+            )
     if found is None:
         return None, [*lines, "starting anew: no complete checkpoint"]
     if found.order_hash != order_hash:
@@ -163,6 +170,11 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({one_line(error)}); {gigabytes(free_disk(path))} are free there. "
             "Started again, a run goes on from its newest complete checkpoint"
         ) from error
+
+
+def taken_by_checkpoints(run: Path) -> int:
+    """Bytes that the checkpoints of earlier starts of a run hold; later ones take their place."""
+    return sum(file.stat().st_size for path in run_checkpoints(run) for file in path.rglob("*") if file.is_file())
 
 
 def check_disk(run: Path, need: int, what: str) -> None:

@@ -14,17 +14,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from modelscope_dolly.errors import SettingError, unknown_name
+
+from .revision import Destination
 
 SCHEDULES = ("warmup", "cosine", "linear")
 BATCHING = ("packed", "padded")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 ZERO_STAGES = ("auto", "0", "1", "2", "3")
 OFFLOADS = ("auto", "none", "optimizer", "all")
+SWITCH = ("auto", "true", "false")
 
 
 def _option(default: Any, doc: str, choices: Sequence[str] | None = None) -> Any:
@@ -62,7 +65,11 @@ class TrainConfig:
     adam_epsilon: float = _option(1e-8, "of AdamW")
     gradient_clip: float = _option(1.0, "largest gradient norm; 0 turns clipping off")
     dtype: str = _option("auto", "number type of forward and backward; master weights are float32", DTYPES)
-    checkpoint_activations: bool = _option(True, "recompute activations in the backward pass: less memory, more time")
+    checkpoint_activations: str = _option(
+        "auto",
+        "recompute activations in the backward pass (less memory, more time); auto: where they do not fit",
+        SWITCH,
+    )
     zero_stage: str = _option("auto", "DeepSpeed ZeRO stage; auto: from the memory that is there", ZERO_STAGES)
     offload: str = _option("auto", "what ZeRO keeps in host memory", OFFLOADS)
     lora: dict = _option(None, "train adapters instead of all weights, for instance {r: 16}")
@@ -71,7 +78,7 @@ class TrainConfig:
     keep_checkpoints: int = _option(2, "older complete checkpoints are removed")
     eval_every: int = _option(50, "optimizer steps between evaluations of the held-out records; 0: never")
     report_to: str = _option("tensorboard", "comma-separated: tensorboard, swanlab, wandb, or none")
-    publish: dict = _option(None, "reserved for publishing the result; not offered by this version")
+    publish: dict = _option(None, "publish the result, for instance {model_id: me/x, revision: v1.0.0}")
 
     def problems(self) -> list[str]:
         """All that is wrong with the values, one text each; names the key, the value and what is allowed."""
@@ -94,7 +101,10 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             must(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         if self.publish is not None:
-            found.append("publish is set, but this version cannot publish yet: remove it")
+            try:
+                Destination.of(self.publish)
+            except SettingError as error:
+                found.append(f"publish: {error}")
         if self.batching == "packed":
             must(self.tokens_per_batch >= self.max_length - 1, "tokens_per_batch",
                  f"at least max_length - 1 = {self.max_length - 1}, or the longest records fit nowhere")  # fmt: skip
@@ -113,6 +123,28 @@ class Resolved:
         width = max(map(len, self.origins))
         values = dataclasses.asdict(self.config)
         return "\n".join(f"{name:<{width}}  {values[name]!r}  ({origin})" for name, origin in self.origins.items())
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as all others are told, and not after a page of usage.
+
+    Flags cannot be abbreviated: a short form could mean one of torchrun's.
+    """
+
+    def __init__(self, program: str, description: str):
+        super().__init__(prog=program, description=description, allow_abbrev=False)
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """Raises SettingError for a flag that is unknown, with the nearest known ones, or has no value."""
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            near = difflib.get_close_matches(unknown[0], known, n=5, cutoff=0.0)
+            raise SettingError(unknown_name("argument", unknown[0], near))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingError(f"{message}; --help lists all settings")
 
 
 def flag(name: str) -> str:
@@ -208,11 +240,11 @@ def _typed(key: dataclasses.Field, value: Any) -> Any:
         if value is not None and not isinstance(value, dict):
             raise ValueError("it must be {key: value, ...}")
         return value
-    if choices and value is False:
-        value = "no"  # YAML 1.1 reads a bare no as false
     text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+    if choices == SWITCH and isinstance(value, bool):
+        text = str(value).lower()
     if key.name == "resume" and value is False:
-        text = "no"
+        text = "no"  # YAML 1.1 reads a bare no as false
     if text is None:
         raise ValueError("it must be text")
     if choices and text not in choices:

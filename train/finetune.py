@@ -4,22 +4,23 @@
     deepspeed --module train.finetune train/recipes/dolly-v2-3b.yaml              all GPUs of this machine
     torchrun --nproc-per-node 8 --module train.finetune train/recipes/dolly-v2-3b.yaml
 
-Reads from top to bottom: settings, records, plan, hardware, model, training, export.
+Reads from top to bottom: settings, records, plan, hardware, model, training, export, publishing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import GPTNeoXForCausalLM, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
@@ -29,51 +30,48 @@ from transformers.utils import logging as transformers_logging
 import modelscope_dolly
 from modelscope_dolly import manifest
 from modelscope_dolly.check import check_directory
-from modelscope_dolly.errors import DollyError, SettingError, unknown_name
+from modelscope_dolly.errors import DollyError, PublishError, SettingError
 from modelscope_dolly.export import export_checkpoint
 from train import attention
 from train.batching import Plan
 from train.bench import peak_memory
-from train.checkpoints import RunCheckpoint, check_disk, choose_resume, writing
-from train.config import Resolved, TrainConfig, add_flags, flag, resolve
+from train.checkpoints import RunCheckpoint, check_disk, choose_resume, taken_by_checkpoints, writing
+from train.config import Parser, Resolved, TrainConfig, add_flags, resolve
 from train.lora import Lora, add_adapters, check_lora, merge
-from train.memory import checkpoint_bytes
+from train.memory import checkpoint_bytes, disk_need
 from train.planning import Hardware, choose
 from train.prepare import Prepared, prepare
 from train.progress import Progress
+from train.publish import after_training, before_training
 from train.report import draw_loss, summary
+from train.run_record import describe_base
 from train.trainer import DollyTrainer, LossOf, Metrics, PlannedPasses, SaveOnSignal, StopOnBadLoss
 from train.universal import AfterConversion, Start, convert_together, starting_point
 
 FINAL = "final"
+_NEIGHBOUR_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as all others are told, and not after a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingError(f"{message}; --help lists all settings")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="train.finetune", description="Fine-tune dolly-v2.", allow_abbrev=False)
+    parser = Parser("train.finetune", "Fine-tune dolly-v2.")
     add_flags(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     if "WORLD_SIZE" not in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ:
         # One process is one GPU: left alone, transformers would split each pass over all that it sees.
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     try:
-        options, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            flags = [flag(key.name) for key in dataclasses.fields(TrainConfig)]
-            near = difflib.get_close_matches(unknown[0], flags, n=5, cutoff=0.0)
-            raise SettingError(unknown_name("argument", unknown[0], near))
-        run(resolve(options))
+        run(resolve(parser.parse(arguments)))
     except DollyError as error:
         # All processes find the same mistakes. What has a cause outside may have gone wrong in this one alone.
         if _rank() == 0 or error.__cause__ is not None:
             print(f"train.finetune: {error}", file=sys.stderr)
+        return 1 if isinstance(error, PublishError) else 2
+    except RuntimeError as error:  # gloo has no type of its own
+        if not _NEIGHBOUR_GONE.search(str(error)):
+            raise
+        text = "another process of this run ended; its message says why"
+        print(f"train.finetune: process {_rank()}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -95,6 +93,8 @@ def run(resolved: Resolved) -> Path:
         raise SettingError(f"{output / FINAL}: this run is finished; give another output_dir, or remove it")
 
     reporters(config)
+    if config.publish and first:
+        before_training(config.publish)
 
     # Records and plan: every process makes the same ones.
     made = prepare(config, world)
@@ -103,37 +103,41 @@ def run(resolved: Resolved) -> Path:
     say(", ".join(f"{name} {value}" for name, value in plan.summary().items()))
 
     # Hardware: what fits, and why.
-    job = made.job(config)
+    job = made.job
     hardware = see_hardware(output, world)
-    choice = choose(job, hardware, config.zero_stage, config.offload, config.dtype)
+    wishes = {"offload": config.offload, "dtype": config.dtype, "recompute": config.checkpoint_activations}
+    choice = choose(job, hardware, config.zero_stage, **wishes)
     use_deepspeed = choice.stage > 0 or world > 1
     say(f"{choice.dtype} ({choice.dtype_reason}); ZeRO {choice.stage}, offload {choice.offload} ({choice.reason})")
     say(
         "optimizer by DeepSpeed" if use_deepspeed else "one process and ZeRO 0: transformers' Trainer without DeepSpeed"
     )
-    one_checkpoint = checkpoint_bytes(job.trained)
-    check_disk(output, one_checkpoint * (config.keep_checkpoints + 1) + 4 * job.parameters, "the run")
+    need = disk_need(job, len(plan.steps), config.save_every, config.keep_checkpoints, choice.dtype)
+    check_disk(output, need - taken_by_checkpoints(output), "the run")
     resume, lines = choose_resume(output, config.resume, plan.order_hash)
     for line in lines:
         say(line)
     start = starting_point(resume, world, choice.stage, use_deepspeed, config.zero_stage == "auto")
-    for line in start.lines:
+    for line in [*start.lines, *changed_settings(output / "run.json", config, resume)]:
         say(line)
     check_lora(lora, start.stage, resume.path if resume else None)
     use_deepspeed = start.use_deepspeed
     if start.stage != choice.stage:
-        choice = choose(job, hardware, str(start.stage), config.offload, config.dtype)
+        choice = choose(job, hardware, str(start.stage), **wishes)
 
     # Training. The arguments come before the model: with ZeRO 3 they make from_pretrained shard while it loads.
     if first:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-            record_run(output / "run.json", resolved, made, choice.reason, world, resume)
+            record_run(output / "run.json", resolved, made, choice, world, resume)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     set_seed(config.seed)
-    if use_deepspeed and "RANK" not in os.environ:
-        launch_alone()
+    if use_deepspeed:
+        # DeepSpeed calls torch by names of last year, hundreds of times.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+        if "RANK" not in os.environ:
+            launch_alone()
     arguments = training_arguments(config, plan, choice, start)
     convert_together(start, world, first)
     model = load_base(made.base, tokenizer, config, choice, use_deepspeed, arguments.device)
@@ -143,7 +147,7 @@ def run(resolved: Resolved) -> Path:
     trainer = DollyTrainer(
         config,
         plan,
-        one_checkpoint,
+        checkpoint_bytes(job.trained),
         made.held_out,
         model=model,
         args=arguments,
@@ -166,6 +170,8 @@ def run(resolved: Resolved) -> Path:
             finish(trainer, state, tokenizer, choice.dtype, output / FINAL, lora)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    if config.publish and first and "DOLLY_BENCH" not in os.environ:
+        after_training(config.publish, output / FINAL)
     return output / FINAL
 
 
@@ -192,10 +198,11 @@ def agree(trainer: DollyTrainer, choice: Any) -> None:
     if world == 1:
         return
     chosen: list[Any] = [None] * world
-    torch.distributed.all_gather_object(chosen, (choice.stage, choice.offload, choice.dtype))
+    torch.distributed.all_gather_object(chosen, (choice.stage, choice.offload, choice.dtype, choice.recompute))
     if len(set(chosen)) > 1:
         raise DollyError(
-            f"the processes chose different settings, {sorted(set(chosen))}; set zero_stage, offload and dtype"
+            f"the processes chose different settings, {sorted(set(chosen))}; set zero_stage, offload, dtype and "
+            "checkpoint_activations"
         )
 
 
@@ -304,7 +311,7 @@ def load_base(
         )
     if model.config.vocab_size != len(tokenizer.tokenizer):
         model.resize_token_embeddings(len(tokenizer.tokenizer), mean_resizing=False)
-    if config.checkpoint_activations:
+    if choice.recompute:
         # Renamed in transformers 5; the old name goes in 6.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -333,7 +340,7 @@ def finish(
 
 
 def record_run(
-    path: Path, resolved: Resolved, made: Prepared, reason: str, world: int, resume: RunCheckpoint | None
+    path: Path, resolved: Resolved, made: Prepared, choice: Any, world: int, resume: RunCheckpoint | None
 ) -> None:
     """run.json: every setting with its origin, versions, and hashes; earlier starts of the same run are kept in it."""
     versions = {
@@ -345,13 +352,32 @@ def record_run(
         "origins": resolved.origins,
         "data": {"dataset": resolved.config.dataset, "sha256": made.data_sha256},
         "plan": made.summary() | {"order_hash": made.plan.order_hash},
+        "base": describe_base(resolved.config.model, resolved.config.model_revision, made.base),
         "world": world,
-        "reason": reason,
+        "hardware": {"name": choice.hardware.name, "gpus": choice.hardware.gpus},
+        "chosen": {
+            "dtype": choice.dtype,
+            "zero_stage": choice.stage,
+            "offload": choice.offload,
+            "checkpoint_activations": choice.recompute,
+        },
+        "reason": choice.reason,
         "resumed_from": str(resume.path) if resume else None,
         "versions": {"modelscope_dolly": modelscope_dolly.__version__, "python": platform.python_version(), **versions},
     }
     earlier = json.loads(path.read_text())["starts"] if path.exists() else []
     manifest.write_atomically(path, json.dumps({"starts": [*earlier, start]}, indent=2, ensure_ascii=False) + "\n")
+
+
+def changed_settings(path: Path, config: TrainConfig, resume: RunCheckpoint | None) -> list[str]:
+    """A line for each setting that is not what the run so far had; those that change the plan are refused elsewhere."""
+    if resume is None or not path.exists():
+        return []
+    before = manifest.read_json(path)["starts"][-1]["settings"]
+    now = dataclasses.asdict(config)
+    free = {"resume", "output_dir", "save_every", "keep_checkpoints", "report_to", "publish"}
+    names = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
+    return [f"changed since the last start: {name} was {before[name]!r}, is {now[name]!r}" for name in names]
 
 
 def _rank() -> int:

@@ -193,15 +193,15 @@ def checkpoint_bytes(trained: int) -> int:
     return trained * (2 + FLOAT32 + MOMENTS)
 
 
-def final_bytes(parameters: int) -> int:
-    """Bytes of the exported model, in bf16 or fp16."""
-    return 2 * parameters
+def final_bytes(parameters: int, dtype: str = "bf16") -> int:
+    """Bytes of the exported model."""
+    return WIDTHS[dtype] * parameters
 
 
-def disk_need(job: Job, steps: int, save_every: int, keep: int) -> int:
+def disk_need(job: Job, steps: int, save_every: int, keep: int, dtype: str = "bf16") -> int:
     """Most bytes that a run of `steps` optimizer steps has on disk at once.
 
     A new checkpoint is complete before the oldest is removed, so there are `keep` + 1 of them for a moment.
     """
     saved = min(math.ceil(steps / save_every), keep + 1)
-    return saved * checkpoint_bytes(job.trained) + final_bytes(job.parameters)
+    return saved * checkpoint_bytes(job.trained) + final_bytes(job.parameters, dtype)

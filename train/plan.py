@@ -8,7 +8,6 @@ Of the base model only config.json and the tokenizer are read; of the records, a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -16,21 +15,21 @@ from pathlib import Path
 
 from modelscope_dolly.errors import DollyError, HardwareError
 
-from .config import Resolved, add_flags, resolve
-from .memory import checkpoint_bytes, final_bytes
+from .config import Parser, Resolved, add_flags, resolve
+from .memory import checkpoint_bytes, disk_need, final_bytes
 from .planning import Choice, Hardware, check_disk, choose, table
 from .prepare import Prepared, make_plan, prepare
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.plan", description="Plan a fine-tuning run.", allow_abbrev=False)
+    parser = Parser("train.plan", "Plan a fine-tuning run.")
     add_flags(parser)
     parser.add_argument(
         "--gpus", metavar="HARDWARE", help="hardware that is not here, for instance 8xA100-80G,host=512G"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse(arguments)
         resolved = resolve(options)
         print(json.dumps(figures(resolved, options.gpus), indent=2) if options.json else report(resolved, options.gpus))
     except DollyError as error:
@@ -46,15 +45,15 @@ def _look(resolved: Resolved, gpus: str | None) -> tuple[Prepared, Choice]:
     hardware = Hardware.parse(gpus) if gpus else Hardware.here(Path(config.output_dir))
     world = max(1, hardware.gpus)
     made = prepare(config, world)
-    choice = choose(made.job(config), hardware, config.zero_stage, config.offload, config.dtype)
+    wishes = (config.zero_stage, config.offload, config.dtype, config.checkpoint_activations)
+    choice = choose(made.job, hardware, *wishes)
     return made, choice
 
 
 def figures(resolved: Resolved, gpus: str | None = None) -> dict:
     """All of it as a JSON-ready dictionary; `padded_tokens` is what the 2023 batches would process."""
-    config = resolved.config
     made, choice = _look(resolved, gpus)
-    job = made.job(config)
+    job = made.job
     return {
         **made.summary(),
         "padded_tokens": _padded_tokens(resolved, made),
@@ -62,12 +61,13 @@ def figures(resolved: Resolved, gpus: str | None = None) -> dict:
         "zero_stage": choice.stage,
         "offload": choice.offload,
         "dtype": choice.dtype,
+        "checkpoint_activations": choice.recompute,
         "fits": choice.fits,
         "reason": choice.reason,
         "gpu_bytes": choice.taken.gpu,
         "host_bytes": choice.taken.host,
         "checkpoint_bytes": checkpoint_bytes(job.trained),
-        "final_bytes": final_bytes(job.parameters),
+        "final_bytes": final_bytes(job.parameters, choice.dtype),
     }
 
 
@@ -79,9 +79,8 @@ def report(resolved: Resolved, gpus: str | None = None) -> str:
     summary = made.summary()
     padded = _padded_tokens(resolved, made)
     try:
-        disk = check_disk(
-            made.job(config), choice.hardware, len(plan.steps), config.save_every, config.keep_checkpoints
-        )
+        need = disk_need(made.job, len(plan.steps), config.save_every, config.keep_checkpoints, choice.dtype)
+        disk = check_disk(need, choice.hardware, config.keep_checkpoints)
     except HardwareError as error:
         disk = f"NOT enough: {error}"
     lines = [

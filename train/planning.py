@@ -13,7 +13,7 @@ from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
 from modelscope_dolly.hardware import choose_dtype, free_disk, free_memory
 from modelscope_dolly.plan import SHAPES, shape_config
 
-from .memory import GIB, Job, activations, disk_need, states, update
+from .memory import GIB, Job, activations, states, update
 
 #: name -> (computes bfloat16, keeps error-correction bits in its memory). GDDR6 cards of data centers give 1/16 of
 #: their memory to those bits (an A10 of 24 GiB reports 22.5); HBM has its own, and an RTX 4090 has them switched off.
@@ -145,7 +145,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The setting that was taken, why, and all that were considered."""
+    """The setting that was taken, why, and all that were considered; `recompute`: activations, in the backward pass."""
 
     taken: Candidate
     hardware: Hardware
@@ -153,6 +153,7 @@ class Choice:
     dtype_reason: str
     reason: str
     candidates: tuple[Candidate, ...]
+    recompute: bool
 
     @property
     def stage(self) -> int:
@@ -168,18 +169,27 @@ class Choice:
 
 
 def choose(
-    job: Job, hardware: Hardware, zero_stage: str = "auto", offload: str = "auto", dtype: str = "auto"
+    job: Job,
+    hardware: Hardware,
+    zero_stage: str = "auto",
+    offload: str = "auto",
+    dtype: str = "auto",
+    recompute: str = "true",
 ) -> Choice:
     """The first setting that fits with its spare, from the fastest to the smallest.
 
     `zero_stage` ("0" to "3") and `offload` ("none", "optimizer", "all") restrict the settings that are considered; if
     none of these fits, the smallest is taken all the same, with `fits` False.
 
+    `recompute` says whether activations are recomputed: "true", "false", or "auto", which chooses the setting as if
+    they were, and then keeps them where they fit into what is left: that saves a quarter of a pass's arithmetic.
+
     Raises:
         HardwareError: nothing was asked for and nothing fits.
         SettingError: the stage cannot be offloaded so, or there is no GPU to offload from.
     """
     dtype, dtype_reason = number_type(hardware, dtype)
+    job = replace(job, checkpoint_activations=recompute != "false")
     settings = _settings(hardware, zero_stage, offload)
     candidates = tuple(_candidate(job, hardware, dtype, stage, where) for stage, where in settings)
     shared = hardware.gpus > 1 and zero_stage == "auto"
@@ -198,7 +208,14 @@ def choose(
             f"{key} {value}" for key, value in (("zero_stage", zero_stage), ("offload", offload)) if value != "auto"
         ]
         reason = f"{' and '.join(asked)} was asked for, but does not fit: {taken.why}"
-    return Choice(taken, hardware, dtype, dtype_reason, reason, candidates)
+    if recompute == "auto" and taken.fits:
+        keeping = replace(job, checkpoint_activations=False)
+        kept = _candidate(keeping, hardware, dtype, taken.stage, taken.offload)
+        if kept.fits:
+            candidates = tuple(kept if row == taken else row for row in candidates)
+            note = f"activations fit without being recomputed: {_figures(kept, hardware)}"
+            return Choice(kept, hardware, dtype, dtype_reason, f"{reason}; {note}", candidates, False)
+    return Choice(taken, hardware, dtype, dtype_reason, reason, candidates, job.checkpoint_activations)
 
 
 def number_type(hardware: Hardware, requested: str = "auto") -> tuple[str, str]:
@@ -236,6 +253,8 @@ def _candidate(job: Job, hardware: Hardware, dtype: str, stage: int, offload: st
     ranks = max(1, hardware.gpus)
     held = states(job.parameters, stage, ranks, offload, dtype, job.adapters, job.largest)
     live = activations(job.config, job.tokens, job.checkpoint_activations, job.label_tokens, dtype).total
+    if stage == 0 and ranks == 1 and dtype != "fp32":
+        live += 2 * job.trained  # autocast, which computes without DeepSpeed, keeps its copies of float32 weights
     gpu, host = held.gpu + max(live, update(job.trained, stage, ranks, offload, dtype)), held.host
     if hardware.cpu_only:
         gpu, host = 0, gpu
@@ -307,9 +326,8 @@ def table(choice: Choice) -> str:
     return "\n".join([*lines, "", f"taken: {choice.taken.name} ({choice.reason})"])
 
 
-def check_disk(job: Job, hardware: Hardware, steps: int, save_every: int, keep: int) -> str:
+def check_disk(need: int, hardware: Hardware, keep: int) -> str:
     """What the run will have on disk, against what is free. Raises HardwareError when that is too little."""
-    need = disk_need(job, steps, save_every, keep)
     text = f"up to {gib(need)} on disk ({keep} checkpoints kept, one being written, the final model)"
     if hardware.disk is not None and need > hardware.disk:
         raise HardwareError(

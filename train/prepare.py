@@ -46,11 +46,10 @@ class Prepared:
     plan: Plan
     lora: Lora | None
 
-    def job(self, config: TrainConfig) -> Job:
+    @property
+    def job(self) -> Job:
         """What the memory arithmetic wants to know."""
-        return Job(
-            self.network, self.plan.largest[0], None, config.checkpoint_activations, self.lora.r if self.lora else 0
-        )
+        return Job(self.network, self.plan.largest[0], lora_rank=self.lora.r if self.lora else 0)
 
     def summary(self) -> dict:
         """Figures for people, for `train.plan --json`, and for run.json."""
