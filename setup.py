@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
 
@@ -19,8 +19,18 @@ RUN = [
     "tqdm>=4.60",
 ]
 TRAIN = ["deepspeed>=0.18", "peft>=0.17", "tensorboard>=2.16", "matplotlib>=3.8", "PyYAML>=6"]
-EVAL = ["lm-eval>=0.4.9"]
-DEV = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.14", "setuptools>=64", "wheel"]
+EVAL = ["lm_eval[hf]>=0.4.13,<0.5", "datasets>=3", "matplotlib>=3.8", "numpy>=1.26"]
+DEV = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.14", "markdown-it-py>=3", "setuptools>=64", "wheel"]
+
+# Optional: without a compiler the package installs all the same and computes with torch. It is no Python module but a
+# plain library (modelscope_dolly/kernels.py loads it), so it serves every Python version it is built beside.
+KERNELS = Extension(
+    "modelscope_dolly._kernels",
+    ["modelscope_dolly/kernels.c"],
+    extra_compile_args=["-O3", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
 
 setup(
     name="modelscope-dolly",
@@ -32,7 +42,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=["modelscope_dolly"],
-    package_data={"modelscope_dolly": ["configuration.json"]},
+    package_data={"modelscope_dolly": ["configuration.json", "kernels.c"]},
+    ext_modules=[KERNELS],
     install_requires=RUN,
     extras_require={"train": TRAIN, "eval": EVAL, "dev": DEV},
     entry_points={
