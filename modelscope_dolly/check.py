@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from . import PIPELINE_TYPE, manifest
-from .checkpoint import read_config, read_tokenizer, repair_hint, vocabulary_problems
+from .checkpoint import expected_tensors, read_config, read_tokenizer, repair_hint, vocabulary_problems
 from .errors import CheckpointError
 from .manifest import read_json
-from .neox import parameter_shapes
 from .prompt import CONTROL_KEYS
 from .weights import inventory, read_tensors, weight_files
 
@@ -81,19 +80,21 @@ def _vocabulary(path: Path) -> str:
 
 def _names(path: Path) -> str:
     files = weight_files(path)
-    places, wrong = inventory(path, parameter_shapes(read_config(path)), files)
+    places, wrong = inventory(path, expected_tensors(path, read_config(path)), files)
     _refuse(wrong)
     return f"{len(places)} tensors of the right shape in {len(files)} file{'s' if len(files) > 1 else ''}"
 
 
 def _values(path: Path) -> str:
-    places, _ = inventory(path, parameter_shapes(read_config(path)), weight_files(path))
+    places, _ = inventory(path, expected_tensors(path, read_config(path)), weight_files(path))
     total, types, wrong = 0, set(), []
     for name, tensor in read_tensors(places):
         total += tensor.numel()
         types.add(str(tensor.dtype).removeprefix("torch."))
         if not bool(torch.isfinite(tensor).all()):
             wrong.append(f"{places[name][0]}: {name} holds values that are not finite")
+        elif tensor.dtype == torch.int8 and int(tensor.min()) < -127:
+            wrong.append(f"{places[name][0]}: {name} holds -128, the smallest number of int8 weights is -127")
         elif tensor.dim() == 2 and not bool(tensor.any()):
             wrong.append(f"{places[name][0]}: {name} is all zeros")
     _refuse(wrong)

@@ -1,4 +1,4 @@
-"""The `dolly` command: ask, chat, plan, check. Also reachable as `modelscope dolly ...`.
+"""The `dolly` command: ask, chat, plan, check, quantize, bench, eval. Also reachable as `modelscope dolly ...`.
 
 Nothing heavy is imported before a command needs it. What a user can repair ends in one line and exit code 2; Ctrl-C in
 130; `dolly check` answers with 0 or 1.
@@ -10,12 +10,16 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .bench_options import add_options as add_bench_options
+from .bench_options import settings_of
 from .errors import DollyError, SettingError
+from .eval_command import add_options as add_eval_options
 
 if TYPE_CHECKING:
     from .generation import GenerationSettings, Update
@@ -47,6 +51,18 @@ def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argu
     check = _command(commands, "check", run_check, "verify a checkpoint directory; exit code 0 if sound, 1 if not")
     check.add_argument("directory", help="the directory that holds config.json and the weights")
     check.add_argument("--json", action="store_true", help="print one JSON object")
+
+    quantize = _command(commands, "quantize", run_quantize, "write a smaller copy of a checkpoint, for CPUs")
+    quantize.add_argument("source", help="directory or hub id of a checkpoint")
+    quantize.add_argument("target", help="the new directory")
+    quantize.add_argument("--to", default="int8", metavar="METHOD", help="int8 or int4 (default: int8)")
+    quantize.add_argument("--revision", help="tag or branch of the hub id (default: master)")
+
+    bench = _command(commands, "bench", run_bench, "speed beside this machine's limit and beside other engines")
+    add_bench_options(bench)
+
+    evaluation = _command(commands, "eval", run_eval, "score a model on the seven tasks of the dolly-v2 card")
+    add_eval_options(evaluation, MODEL_VARIABLE)
     return parser
 
 
@@ -63,6 +79,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="tag or branch of the hub id (default: master)")
     group.add_argument("--device", help="cpu, cuda:N, gpu or mps (default: first GPU, else CPU)")
     group.add_argument("--dtype", help="bf16, fp16 or fp32 (default: what suits the device)")
+    group.add_argument("--quantize", help="none, int8 or int4: smaller and faster on a CPU, less exact (default: none)")
+    group.add_argument("--threads", type=int, help="of the CPU (default: physical cores)")
+    group.add_argument("--draft", metavar="MODEL", help="a smaller model with the same vocabulary that guesses ahead")
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +95,7 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
     group.add_argument("--seed", type=int, help="makes sampling repeatable (default: a new one each time)")
     group.add_argument("--on-overflow", help="error or truncate_context, for a context that is too long")
+    group.add_argument("--prompt-lookup", choices=("on", "off", "auto"), help="guess that answers copy from the prompt")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the bare text")
 
 
@@ -87,11 +107,15 @@ def _load(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "on_overflow")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.prompt_lookup is not None:
+        given["prompt_lookup"] = {"on": True, "off": False}.get(options.prompt_lookup, options.prompt_lookup)
     settings = GenerationSettings().updated({**given, "do_sample": not options.greedy})
     from .checkpoint import locate
     from .loading import load
 
-    return load(locate(model, options.revision), options.device, options.dtype), settings
+    path = locate(model, options.revision)
+    more = {"quantize": options.quantize, "threads": options.threads, "draft": options.draft}
+    return load(path, options.device, options.dtype, **more), settings
 
 
 def run_ask(options: argparse.Namespace) -> int:
@@ -210,6 +234,37 @@ def run_check(options: argparse.Namespace) -> int:
         print(report(findings))
         print(f"{options.directory}: {'sound' if sound else 'NOT usable'}")
     return 0 if sound else 1
+
+
+def run_quantize(options: argparse.Namespace) -> int:
+    from .checkpoint import locate
+    from .convert import quantize_checkpoint
+
+    print(quantize_checkpoint(locate(options.source, options.revision), options.target, options.to))
+    return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    settings = settings_of(options)
+    from .bench_report import report
+    from .benchmark import bench
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is stopped still tells what it has
+    found: dict = {}
+    try:
+        found = bench(settings, found)
+    except KeyboardInterrupt:
+        if not found.get("rows"):
+            raise
+        found["stopped"] = True
+    print(json.dumps(found, indent=2) if options.json else report(found))
+    return 130 if "stopped" in found else 0
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    from .eval_command import run
+
+    return run(options, options.model or os.environ.get(MODEL_VARIABLE))
 
 
 def run(options: argparse.Namespace) -> int:

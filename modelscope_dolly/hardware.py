@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -111,6 +112,41 @@ def cpu_computes_bf16() -> bool:
         return any(capabilities.get(flag, False) for flag in flags)
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and not flags.isdisjoint(cpuinfo.read_text().split())
+
+
+def choose_threads(requested: int | None = None) -> Choice:
+    """How many threads compute on the CPU: as many as torch would take, but no more than it has cores for itself.
+
+    torch counts the machine's cores; a container or a pinned process may use fewer, and two threads on one core wait
+    for each other at every layer. What the user has set lower (torch.set_num_threads, OMP_NUM_THREADS) stays.
+
+    Raises:
+        SettingError: `requested` is not a whole number of at least 1.
+    """
+    if requested is not None:
+        if type(requested) is not int or requested < 1:
+            raise SettingError(f"threads is {requested!r}, it must be a whole number of at least 1")
+        return Choice(requested, "asked for")
+    now, cores = torch.get_num_threads(), available_cores()
+    return Choice(cores, "physical cores for this process") if cores < now else Choice(now, "as torch has it")
+
+
+def available_cores() -> int:
+    """Physical cores that this process may use: its CPU affinity, and the control group's share where there is one."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for cpu in cpus:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            cores.add(tuple((topology / name).read_text() for name in ("physical_package_id", "core_id")))
+        except OSError:  # not Linux, or hidden: each CPU counts as a core
+            cores.add(cpu)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        share = math.ceil(int(quota) / int(period)) if quota != "max" else len(cores)
+    except (OSError, ValueError):
+        share = len(cores)
+    return max(1, min(len(cores), share))
 
 
 def free_memory(device: torch.device | None = None) -> int:

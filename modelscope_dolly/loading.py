@@ -14,13 +14,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, open_checkpoint
+from . import kernels
+from .checkpoint import Checkpoint, locate, open_checkpoint
+from .draft import Draft
 from .engine import Engine
 from .errors import HardwareError, SettingError, unknown_name
 from .generation import Responder
-from .hardware import choose_device, choose_dtype, free_memory, gigabytes
-from .neox import NeoX
-from .weights import read_tensors
+from .hardware import choose_device, choose_dtype, choose_threads, cpu_computes_bf16, free_memory, gigabytes
+from .neox import NeoX, parameter_shapes
+from .quantize import BYTES_PER_WEIGHT, PackedLinear, is_linear, parse_quantize, replace_linears
+from .weights import WeightFile, read_tensors
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -49,6 +52,9 @@ def load(
     dtype: str | torch.dtype | None = None,
     device_map: str | dict | None = None,
     verify: bool = True,
+    quantize: str | None = None,
+    threads: int | None = None,
+    draft: str | Path | None = None,
 ) -> Dolly:
     """Load a checkpoint directory.
 
@@ -58,54 +64,131 @@ def load(
         dtype: "bf16", "fp16", "fp32", a torch.dtype, or None for what suits the device.
         device_map: "auto" or a dict, to spread the layers over several devices with accelerate; excludes `device`.
         verify: compare the files with manifest.json where there is one (sha256; seconds for a large model).
+        quantize: "int8" or "int4": the linear layers are quantised while they are read (CPU only); None leaves them.
+        threads: of the CPU, for the whole process; see hardware.choose_threads.
+        draft: directory or hub id of a smaller model of the family with the same vocabulary; it guesses tokens for this
+            one to verify, see draft.py. It lies on the same device, in the same number type, quantised the same way.
 
     Raises:
         CheckpointError, HardwareError, SettingError.
     """
     if device_map is not None and device not in (None, "gpu"):
         raise SettingError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
+    wanted = parse_quantize(quantize)
     chosen = choose_device(device)
+    if threads is not None or chosen.value.type == "cpu":
+        torch.set_num_threads(choose_threads(threads).value)
     checkpoint = open_checkpoint(path, verify)
-    chosen_dtype = choose_dtype(chosen.value, dtype, checkpoint.parameters)
+    method = _agreed(checkpoint, wanted)
+    chosen_dtype = choose_dtype(chosen.value, dtype, checkpoint.parameters if method is None else None)
     place, number = chosen.value, chosen_dtype.value
+    # The draft first: the room it takes is then gone when the network's own need is compared with what is free.
+    drafting = _load_draft(checkpoint, draft, number, place, verify, wanted) if draft is not None else None
     if device_map is None:
         log.info("device %s; weights in %s", chosen, chosen_dtype)
-        net = load_network(checkpoint, number, {"": place})
+        net = load_network(checkpoint, number, {"": place}, method)
     else:
         placement = plan_placement(checkpoint, number, device_map)
         log.info("weights in %s over %s", chosen_dtype, sorted(map(str, set(placement.values()))))
-        net = load_network(checkpoint, number, placement)
+        net = load_network(checkpoint, number, placement, method)
         place = _spread(net, placement)
-    engine = Engine(net, place, checkpoint.config.max_position_embeddings)
+    engine = Engine(net, place, checkpoint.config.max_position_embeddings, drafting)
     return Dolly(checkpoint, net, place, number, Responder(engine, checkpoint.tokenizer))
 
 
-def load_network(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any]) -> NeoX:
+def _load_draft(
+    checkpoint: Checkpoint, draft: str | Path, dtype: torch.dtype, place: torch.device, verify: bool, wanted: str | None
+) -> Draft:
+    """The network that drafts for the one in `checkpoint`. Raises SettingError where a token means two things."""
+    other = open_checkpoint(locate(str(draft)), verify)
+    sizes = checkpoint.config.vocab_size, other.config.vocab_size
+    tokens, other_tokens = (one.tokenizer.tokenizer.get_vocab() for one in (checkpoint, other))
+    if sizes[0] != sizes[1] or tokens != other_tokens:
+        found = f"{sizes[1]} tokens instead of {sizes[0]}" if sizes[0] != sizes[1] else "other tokens"
+        raise SettingError(
+            f"draft {str(draft)!r} has another vocabulary than {checkpoint.path} ({found}); "
+            "a draft must be a smaller model of the same family, such as dolly-v2-3b for dolly-v2-12b"
+        )
+    log.info("draft from %s", other.path)
+    return Draft(load_network(other, dtype, {"": place}, _agreed(other, wanted)))
+
+
+def load_network(
+    checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any], quantize: str | None = None
+) -> NeoX:
     """Build the network and copy each tensor from its file straight to its device, in the final number type.
 
     Args:
         checkpoint: opened and checked.
         dtype: of the weights in memory.
         placement: module name -> device, as accelerate's device maps; "" is everything else.
+        quantize: "int8", "int4" or None; see quantize.py.
 
     Raises:
-        HardwareError: it does not fit; said before anything is read.
+        HardwareError: it does not fit, or is to be quantised for another device than the CPU; said before anything is
+            read.
     """
     with torch.device("meta"):
         net = NeoX(checkpoint.config)
-    _check_memory(net, dtype, placement)
+    method = _packing(checkpoint, dtype, placement, _agreed(checkpoint, quantize))
+    _check_memory(net, dtype, placement, method)
+    if method:
+        replace_linears(net, method)
     total = sum(parameter.numel() for parameter in net.parameters())
     # disable=None: a bar on a terminal, nothing in a log file
     with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
         for name, tensor in read_tensors(checkpoint.tensors):
-            # copy=True: the tensor read is a view of the file, which may be replaced while the model lives
-            here = tensor.to(_place(name, placement), dtype, copy=True)
-            module = net.get_submodule(name.rpartition(".")[0])
-            module.register_parameter(name.rpartition(".")[2], nn.Parameter(here, requires_grad=False))
+            owner, _, leaf = name.rpartition(".")
+            module = net.get_submodule(owner)
+            if isinstance(module, PackedLinear):
+                module.take(leaf, tensor)
+            else:
+                # copy=True: the tensor read is a view of the file, which may be replaced while the model lives
+                here = tensor.to(_place(name, placement), dtype, copy=True)
+                module.register_parameter(leaf, nn.Parameter(here, requires_grad=False))
             bar.update(tensor.numel())
     if checkpoint.config.tie_word_embeddings:
-        net.embed_out.weight = net.gpt_neox.embed_in.weight
+        if method:
+            net.embed_out.take("weight", net.gpt_neox.embed_in.weight)
+        else:
+            net.embed_out.weight = net.gpt_neox.embed_in.weight
     return net.eval()
+
+
+def _agreed(checkpoint: Checkpoint, quantize: str | None) -> str | None:
+    """The method of a quantised checkpoint, or the one asked for. Raises SettingError when they differ."""
+    if checkpoint.quantization and quantize not in (None, checkpoint.quantization):
+        raise SettingError(
+            f"{checkpoint.path}: is quantised to {checkpoint.quantization}; leave out quantize={quantize!r}, or "
+            "give the checkpoint it was made from"
+        )
+    return checkpoint.quantization or quantize
+
+
+def _packing(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any], quantize: str | None) -> str | None:
+    """How the linear layers are kept: "int8", "int4", "bf16" (packed for our kernels), or None (torch's own)."""
+    on_cpu = all(torch.device(device).type == "cpu" for device in placement.values())
+    if quantize and not on_cpu:
+        raise HardwareError(
+            f"quantize={quantize!r} is for the CPU in this version; use device='cpu', or quantize=None on the GPU"
+        )
+    if quantize and dtype == torch.float16:
+        raise SettingError(f"quantize={quantize!r} computes in fp32 or bf16; use dtype='fp32'")
+    if quantize or not on_cpu or not kernels.level():
+        return quantize
+    if dtype == torch.bfloat16:  # torch emulates it where the processor lacks it, many times slower than float32
+        return None if cpu_computes_bf16() else "bf16"
+    # The products of float32 from weights that take half the room and half the time to read: nothing is lost.
+    return "bf16" if dtype == torch.float32 and _stored_in_bf16(checkpoint) else None
+
+
+def _stored_in_bf16(checkpoint: Checkpoint) -> bool:
+    """Whether all linear weights are bfloat16 in their files."""
+    shapes = parameter_shapes(checkpoint.config)
+    linear = [place for name, place in checkpoint.tensors.items() if is_linear(name, shapes[name])]
+    files = {file: WeightFile(file) for file, _ in linear}
+    types = {files[file].number_type(stored) for file, stored in linear}
+    return types <= {"BF16", "torch.bfloat16"}
 
 
 def _place(name: str, placement: dict[str, Any]) -> Any:
@@ -116,15 +199,17 @@ def _place(name: str, placement: dict[str, Any]) -> Any:
     return placement[max(owners, key=len)]
 
 
-def _check_memory(net: NeoX, dtype: torch.dtype, placement: dict[str, Any]) -> None:
-    needed: dict[torch.device, int] = {}
+def _check_memory(net: NeoX, dtype: torch.dtype, placement: dict[str, Any], method: str | None = None) -> None:
+    needed: dict[torch.device, float] = {}
     for name, parameter in net.named_parameters():
         device = torch.device(_place(name, placement))
-        needed[device] = needed.get(device, 0) + parameter.numel() * dtype.itemsize
+        packed = method and is_linear(name, parameter.shape)
+        width = BYTES_PER_WEIGHT[method] if packed else dtype.itemsize
+        needed[device] = needed.get(device, 0) + parameter.numel() * width
     for device, need in needed.items():
         if device.type in ("cpu", "cuda") and need > (free := free_memory(device)):
             raise HardwareError(
-                f"the weights need {gigabytes(need)} on {device} in {str(dtype).removeprefix('torch.')}, "
+                f"the weights need {gigabytes(need)} on {device} in {method or str(dtype).removeprefix('torch.')}, "
                 f"{gigabytes(free)} are free; use a smaller model, dtype='bf16', or device_map='auto' (see: dolly plan)"
             )
 

@@ -14,7 +14,7 @@ from .errors import SettingError, unknown_name
 from .generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Update, parse_input
 from .loading import load
 
-MODEL_OPTIONS = ("dtype", "torch_dtype", "verify")
+MODEL_OPTIONS = ("dtype", "torch_dtype", "verify", "quantize", "threads", "draft")
 
 
 @MODELS.register_module(TASK, module_name=MODEL_TYPE, force=True)
@@ -23,7 +23,8 @@ class DollyForTextGeneration(TorchModel):
 
     Args:
         model_dir: a checkpoint directory.
-        device, dtype, device_map, verify: see loading.load; torch_dtype is another name of dtype.
+        device, dtype, device_map, verify, quantize, threads, draft: see loading.load.
+        torch_dtype: another name of dtype.
         trust_remote_code: accepted because ModelScope passes it; no code of a repository is ever run.
 
     Raises:
@@ -38,6 +39,9 @@ class DollyForTextGeneration(TorchModel):
         torch_dtype: str | torch.dtype | None = None,
         device_map: str | dict | None = None,
         verify: bool = True,
+        quantize: str | None = None,
+        threads: int | None = None,
+        draft: str | None = None,
         trust_remote_code: bool = False,
         **unknown: Any,
     ):
@@ -46,7 +50,8 @@ class DollyForTextGeneration(TorchModel):
                 unknown_name("model option", next(iter(unknown)), ("device", "device_map", *MODEL_OPTIONS))
             )
         super().__init__(str(model_dir))
-        loaded = load(model_dir, device, dtype if dtype is not None else torch_dtype, device_map, verify)
+        number = dtype if dtype is not None else torch_dtype
+        loaded = load(model_dir, device, number, device_map, verify, quantize, threads, draft)
         self.checkpoint, self.net, self.device = loaded.checkpoint, loaded.net, loaded.device
         self.dtype, self.responder = loaded.dtype, loaded.responder
         self.tokenizer = loaded.checkpoint.tokenizer.tokenizer

@@ -12,6 +12,7 @@ import torch
 from .checkpoint import locate_config, read_config
 from .hardware import free_disk, free_memory, gigabytes
 from .neox import parameter_shapes
+from .quantize import BYTES_PER_WEIGHT, is_linear
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 SHAPES = {"3b": (2560, 32, 32), "7b": (4096, 32, 32), "12b": (5120, 36, 40)}
 VOCABULARY = 50280
 
-#: Bytes per weight of a linear layer. int4 has one scale (bf16) per 128 weights; int8 one per row, which is nothing.
-FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 128}
-#: Formats that this version can load. The others are arithmetic.
-LOADABLE = ("fp32", "bf16")
+#: Bytes per weight of a linear layer.
+FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": BYTES_PER_WEIGHT["int8"], "int4": BYTES_PER_WEIGHT["int4"]}
+#: Formats that only the CPU computes in this version.
+CPU_ONLY = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def shape_config(size: str) -> GPTNeoXConfig:
 def needs(config: GPTNeoXConfig) -> list[Need]:
     """One row per format. Embeddings and norms stay in bf16 when the linear layers are quantised."""
     shapes = parameter_shapes(config)
-    linear = sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and "embed_in" not in name)
+    linear = sum(math.prod(s) for name, s in shapes.items() if is_linear(name, s))
     other = sum(math.prod(s) for s in shapes.values()) - linear
     positions = 2 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings
     rows = []
@@ -98,8 +99,11 @@ def plan(model: str, revision: str | None = None) -> dict:
                 "format": row.format,
                 "weights": row.weights,
                 "cache_per_answer": row.cache,
-                "loadable": row.format in LOADABLE,
-                "fits": [name for name, size in free.items() if row.total <= size],
+                "fits": [
+                    name
+                    for name, size in free.items()
+                    if row.total <= size and (name == "cpu" or row.format not in CPU_ONLY)
+                ],
             }
             for row in rows
         ],
@@ -120,10 +124,9 @@ def report(figures: dict) -> str:
     ]
     for row in figures["formats"]:
         fits = ", ".join(row["fits"]) or "nothing here"
-        note = "" if row["loadable"] else "   (arithmetic only: not offered by this version)"
         weights, cache = row["weights"], row["cache_per_answer"]
         sizes = "".join(f"{gigabytes(size):>12}" for size in (weights, cache, weights + cache))
-        lines.append(f"{row['format']:<8}{sizes}   {fits}{note}")
+        lines.append(f"{row['format']:<8}{sizes}   {fits}")
     disk = "enough" if figures["download"] <= figures["free_disk"] else "NOT enough"
     lines += [
         "",

@@ -6,16 +6,20 @@ whole or sharded, with buffers that later versions dropped). Pickles are read wi
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, one_line
-from .manifest import read_json
+from .manifest import read_json, write_atomically
 
 if TYPE_CHECKING:
     import torch
+
+#: write_tensors begins another file at this size: bounds the memory it takes.
+SHARD_BYTES = 1 << 30
 
 #: Where each parameter is: name -> (file, name inside that file).
 Places = dict[str, tuple[Path, str]]
@@ -24,6 +28,8 @@ Places = dict[str, tuple[Path, str]]
 _LEGACY = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 #: As safetensors and torch spell number types. Eight bits and fewer mean nothing without their scales.
 _FLOATING = re.compile(r"(BF16|F16|F32|F64)|torch\.(bfloat16|float16|float32|float64)")
+#: Number types of the tensors of a quantised checkpoint, by the end of their names; see quantize.py.
+_QUANTISED = {"weight_int8": ("I8",), "weight_int4": ("U8",), "weight_scale": ("F32", "F16")}
 _ALIASES = {"lm_head.weight": "embed_out.weight"}  # transformers 5 calls it so in memory
 
 
@@ -131,15 +137,20 @@ def inventory(path: Path, expected: dict[str, tuple[int, ...]], files: list[Path
                 )
             elif shape != expected[name]:
                 wrong.append(f"{file}: {name} has shape {list(shape)}, config.json says {list(expected[name])}")
-            elif not _FLOATING.fullmatch(weights.number_type(stored)):
-                wrong.append(
-                    f"{file}: {name} has type {weights.number_type(stored)}, expected bf16, fp16, fp32 or fp64"
-                )
+            elif problem := _type_problem(name, weights.number_type(stored)):
+                wrong.append(f"{file}: {name} {problem}")
             found.setdefault(name, (file, stored))
     for name in expected:
         if name not in found:
             wrong.append(f"{path}: tensor {name} {list(expected[name])}, expected by config.json, is in no weight file")
     return found, wrong
+
+
+def _type_problem(name: str, found: str) -> str | None:
+    allowed = _QUANTISED.get(name.rpartition(".")[2])
+    if allowed is not None:
+        return None if found in allowed else f"has type {found}, expected {' or '.join(allowed)}"
+    return None if _FLOATING.fullmatch(found) else f"has type {found}, expected bf16, fp16, fp32 or fp64"
 
 
 def read_tensors(places: Places) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,3 +162,35 @@ def read_tensors(places: Places) -> Iterator[tuple[str, torch.Tensor]]:
         weights = WeightFile(file)
         for name, stored in names:
             yield name, weights.tensor(stored)
+
+
+def write_tensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write named tensors as safetensors while they arrive: one file, or several of about 1 GiB with an index.
+
+    Memory: one file and one tensor.
+    """
+    from safetensors.torch import save_file
+
+    files: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def write() -> None:
+        files.append(list(held))
+        save_file(held, directory / f"model-{len(files):05}.safetensors", metadata={"format": "pt"})
+        held.clear()
+
+    for name, tensor in tensors:
+        held[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+        if size >= SHARD_BYTES:
+            write()
+            size = 0
+    if held:
+        write()
+    if len(files) == 1:
+        (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
+        return
+    where = {name: f"model-{number:05}.safetensors" for number, names in enumerate(files, 1) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    write_atomically(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

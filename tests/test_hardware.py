@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from pathlib import Path
 
@@ -220,3 +221,19 @@ def test_free_disk_is_that_of_the_nearest_directory_that_exists(tmp_path, monkey
 def test_gigabytes_are_decimal():
     assert gigabytes(48_000_000_000) == "48.00 GB"
     assert gigabytes(1_234_567_890) == "1.23 GB"
+
+
+def test_threads_are_lowered_to_the_cores_of_this_process_and_never_raised(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for cores, value in ((2, 2), (4, 4), (64, 4)):
+        monkeypatch.setattr(hardware, "available_cores", lambda cores=cores: cores)
+        assert hardware.choose_threads().value == value
+    assert hardware.choose_threads(9).value == 9
+    for wrong in (0, -1, True, 1.5, "2"):
+        with pytest.raises(SettingError, match=r"threads is .* at least 1"):
+            hardware.choose_threads(wrong)
+
+
+def test_cores_are_those_the_process_is_pinned_to(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    assert hardware.available_cores() == 1

@@ -6,12 +6,15 @@ import logging
 
 import pytest
 import torch
+from conftest import random_model
 
 from modelscope_dolly import loading
 from modelscope_dolly.checkpoint import open_checkpoint
 from modelscope_dolly.errors import HardwareError, SettingError
+from modelscope_dolly.export import export_checkpoint
 from modelscope_dolly.generation import GenerationSettings, Prompt
 from modelscope_dolly.loading import Dolly, load
+from train.nano import build_tokenizer
 
 GREEDY = GenerationSettings().updated({"do_sample": False, "max_new_tokens": 16})
 
@@ -77,3 +80,38 @@ def test_too_little_memory_is_said_before_anything_is_read(checkpoint_dir, monke
     checkpoint = open_checkpoint(checkpoint_dir)
     with pytest.raises(HardwareError, match=r"the weights need .* on cpu in float32, 0\.00 GB are free"):
         loading.load_network(checkpoint, torch.float32, {"": torch.device("cpu")})
+
+
+def test_a_draft_is_loaded_in_the_same_type_and_changes_no_answer(checkpoint_dir, caplog):
+    expected = answers(load(checkpoint_dir, device="cpu", dtype="fp32"))
+    with caplog.at_level(logging.INFO, logger="modelscope.dolly"):
+        model = load(checkpoint_dir, device="cpu", dtype="fp32", draft=checkpoint_dir)
+    draft = model.responder.engine.draft
+    assert f"draft from {checkpoint_dir}" in caplog.text
+    assert {parameter.dtype for parameter in draft.net.parameters()} == {torch.float32}
+    assert draft.net is not model.net
+    assert answers(model) == expected
+
+
+def test_a_draft_with_another_vocabulary_is_refused_in_one_line(checkpoint_dir, records, tmp_path):
+    for vocabulary, says in ((1024, "other tokens"), (900, "900 tokens instead of 1024")):
+        other = build_tokenizer(records[40:] if vocabulary == 1024 else records, vocabulary)
+        target = export_checkpoint(random_model(vocab_size=vocabulary), other, tmp_path / str(vocabulary))
+        with pytest.raises(SettingError, match=f"another vocabulary than .*{says}.*dolly-v2-3b for") as caught:
+            load(checkpoint_dir, device="cpu", draft=target)
+        assert "\n" not in str(caught.value)
+
+
+def test_memory_for_draft_and_network_must_be_there_together(checkpoint_dir, monkeypatch):
+    """The draft is loaded first: what it takes is gone when the network's need is compared."""
+    need = 4 * open_checkpoint(checkpoint_dir).parameters
+    asked = []
+
+    def free(device=None):
+        asked.append(device)
+        return int(1.5 * need) - (len(asked) - 1) * need
+
+    monkeypatch.setattr(loading, "free_memory", free)
+    with pytest.raises(HardwareError, match="the weights need"):
+        load(checkpoint_dir, device="cpu", dtype="fp32", draft=checkpoint_dir)
+    assert len(asked) == 2

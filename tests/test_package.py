@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,37 +24,50 @@ def python(code: str, *flags: str) -> str:
     return done.stdout.strip()
 
 
+def build(kind: str, target: Path, work: Path, **environment: str) -> list[str]:
+    """Names in a wheel or sdist of a copy: building in place would leave build/ and egg-info behind."""
+    source = work / "copy"
+    ignored = (".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "*.so")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*ignored))
+    if kind == "sdist":
+        command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(target)]
+    else:
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+        command += ["-w", str(target), "."]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, env={**os.environ, **environment})
+    [built] = target.glob("modelscope_dolly-*")
+    with zipfile.ZipFile(built) if kind == "wheel" else tarfile.open(built) as archive:
+        return archive.namelist() if kind == "wheel" else archive.getnames()
+
+
 @pytest.fixture(scope="module")
 def wheel_names(tmp_path_factory) -> list[str]:
-    target = tmp_path_factory.mktemp("wheel")
-    # A copy: building in place would leave build/ and egg-info behind.
-    source = tmp_path_factory.mktemp("source") / "copy"
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(target),
-        ".",
-    ]
-    subprocess.run(command, cwd=source, check=True, capture_output=True)
-    [wheel] = target.glob("modelscope_dolly-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
+    return build("wheel", tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source"))
 
 
 def test_wheel_holds_the_plugin_its_data_and_its_licence(wheel_names):
     for path in (ROOT / "modelscope_dolly").iterdir():
-        if path.suffix in (".py", ".json"):
+        if path.suffix in (".py", ".json", ".c"):
             assert f"modelscope_dolly/{path.name}" in wheel_names
     assert any(name.endswith("LICENSE") for name in wheel_names)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CC", "gcc")), reason="no C compiler here")
+def test_wheel_holds_the_compiled_kernels(wheel_names):
+    assert [name for name in wheel_names if name.endswith(".so")] == [
+        f"modelscope_dolly/_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    ]
+
+
+def test_without_a_compiler_the_wheel_is_built_without_kernels(tmp_path):
+    names = build("wheel", tmp_path / "wheel", tmp_path, CC="false")
+    assert "modelscope_dolly/kernels.py" in names and not any(name.endswith(".so") for name in names)
+
+
+def test_source_distribution_holds_the_source_of_the_kernels(tmp_path):
+    names = build("sdist", tmp_path / "sdist", tmp_path)
+    assert any(name.endswith("/modelscope_dolly/kernels.c") for name in names)
+    assert not any(name.endswith(".so") for name in names)
 
 
 def test_wheel_holds_neither_recipe_nor_tests(wheel_names):

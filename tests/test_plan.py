@@ -23,7 +23,9 @@ def test_figures_equal_what_a_loaded_model_takes(checkpoint_dir, name, dtype, mo
     checkpoint = open_checkpoint(checkpoint_dir)
     net = load_network(checkpoint, dtype, {"": torch.device("cpu")})
     [need] = [row for row in plan_module.needs(checkpoint.config) if row.format == name]
-    assert need.weights == sum(weights.numel() * weights.element_size() for weights in net.parameters())
+    tensors = [*net.parameters(), *net.buffers()]
+    # Layers packed for our kernels keep their biases in float32: next to nothing, except in so small a network.
+    assert sum(tensor.nbytes for tensor in tensors) == pytest.approx(need.weights, rel=0.02)
     caches = []
     original = Engine._forward
     monkeypatch.setattr(
@@ -47,10 +49,10 @@ def test_places_that_are_too_small_are_left_out(monkeypatch):
     assert "nothing here" in text and "11.842 billion weights" in text
 
 
-def test_what_this_version_cannot_load_is_said(checkpoint_dir):
-    figures = plan_module.plan(str(checkpoint_dir))
-    assert {row["format"] for row in figures["formats"] if not row["loadable"]} == {"int8", "int4"}
-    assert plan_module.report(figures).count("not offered by this version") == 2
+def test_quantised_formats_are_offered_on_the_cpu_alone(checkpoint_dir, monkeypatch):
+    monkeypatch.setattr(plan_module, "places", lambda: {"cpu": 10**12, "cuda:0": 10**12})
+    fits = {row["format"]: row["fits"] for row in plan_module.plan(str(checkpoint_dir))["formats"]}
+    assert fits["bf16"] == ["cpu", "cuda:0"] and fits["int8"] == fits["int4"] == ["cpu"]
 
 
 def test_unknown_model_is_a_checkpoint_error(tmp_path):

@@ -1,0 +1,141 @@
+"""Linear layers with packed weights, computed by the compiled library beside this file (kernels.c), where there is one.
+
+The library is built by setup.py if a compiler is there. It picks AVX-512 VNNI or AVX2 when it runs, and has nothing
+for other processors: `level()` is then 0 and callers compute with torch. It runs on torch's own OpenMP threads, so
+torch.set_num_threads rules it too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+#: Kinds of weights and inputs that share a 32-bit word of the packed layout.
+INT8, INT4, BF16 = range(3)
+_PER_WORD = {INT8: 4, INT4: 8, BF16: 2}
+#: Inputs of one output that share a scale in int4.
+GROUP = 128
+#: Sums of products of two 8-bit numbers fit 32 bits up to here.
+LARGEST_K = 1 << 16
+_LEVELS = ("none", "AVX2", "AVX-512 VNNI")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
+        try:
+            # After torch: its OpenMP runtime is in the process, and ours resolves to the same one.
+            library = ctypes.CDLL(str(path))
+            library.dolly_level.restype = ctypes.c_int
+            if library.dolly_level() > 0:
+                number, place = ctypes.c_int64, ctypes.c_void_p
+                library.dolly_linear.argtypes = [*[ctypes.c_int] * 3, *[number] * 3, *[place] * 5, ctypes.c_int]
+                library.dolly_quantise.argtypes = [
+                    *[ctypes.c_int] * 2, *[number] * 2, place, number, *[place] * 2, ctypes.c_int
+                ]  # fmt: skip
+                return library
+        except (OSError, AttributeError):  # built for another system, or by another version
+            continue
+    return None
+
+
+def level() -> int:
+    """0: no library, or none for this processor; 1: AVX2; 2: AVX-512 VNNI."""
+    library = _library()
+    return library.dolly_level() if library else 0
+
+
+def describe() -> str:
+    """What computes packed linear layers here, for logs and reports."""
+    return f"own kernels ({_LEVELS[level()]})" if level() else "torch (no compiled kernels for this machine)"
+
+
+def pack(words: torch.Tensor) -> torch.Tensor:
+    """Rows of 32-bit words [N, W], one row per output -> [N/16, W, 16], N padded with zeros."""
+    rows, width = words.shape
+    padded = torch.zeros(-(-rows // 16) * 16, width, dtype=torch.int32) if rows % 16 else words
+    if rows % 16:
+        padded[:rows] = words
+    return padded.view(-1, 16, width).transpose(1, 2).contiguous()
+
+
+def unpack(packed: torch.Tensor, rows: int) -> torch.Tensor:
+    """The inverse of pack: [N, W]."""
+    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:rows]
+
+
+def linear(
+    kind: int,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    outputs: int,
+    at_level: int | None = None,
+) -> torch.Tensor:
+    """x [M, K] @ weights.T + bias -> [M, outputs], in the number type of x.
+
+    Args:
+        kind: INT8, INT4 or BF16; see kernels.c for the layouts.
+        x: float32 or bfloat16 on the CPU.
+        weights: packed.
+        scales: float32 [N] for INT8, float16 [N/16, K/128, 16] for INT4, None for BF16.
+        bias: float32 [N] or None.
+        outputs: N.
+        at_level: an instruction set below the best one, for tests.
+    """
+    rows, inputs = x.shape
+    _fits(kind, x, inputs, outputs, weights, scales, bias)
+    x = x.contiguous()
+    out = torch.empty(rows, outputs, dtype=x.dtype)
+    failed = _library().dolly_linear(
+        min(level(), at_level or level()), kind, x.dtype == torch.bfloat16, rows, outputs, inputs,
+        x.data_ptr(), weights.data_ptr(), scales.data_ptr() if scales is not None else None,
+        bias.data_ptr() if bias is not None else None, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for {rows} quantised rows of {inputs}")
+    return out
+
+
+def _fits(kind, x, inputs, outputs, weights, scales, bias) -> None:
+    """The library reads raw memory: nothing of the wrong size or type may reach it."""
+    words = -(-inputs // GROUP) * (GROUP // 8) if kind == INT4 else -(-inputs // _PER_WORD[kind])
+    blocks = -(-outputs // 16)
+    sound = x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
+    sound &= weights.dtype == torch.int32 and weights.shape == (blocks, words, 16) and weights.is_contiguous()
+    if kind == INT8:
+        sound &= scales.dtype == torch.float32 and scales.shape == (outputs,) and scales.is_contiguous()
+    if kind == INT4:
+        sound &= scales.dtype == torch.float16 and scales.shape == (blocks, words * 8 // GROUP, 16)
+        sound &= scales.is_contiguous()
+    if bias is not None:
+        sound &= bias.dtype == torch.float32 and bias.shape == (outputs,) and bias.is_contiguous()
+    if not sound:
+        raise ValueError(
+            f"linear layer of {inputs} inputs and {outputs} outputs: x {x.dtype} on {x.device}, weights "
+            f"{weights.dtype} {list(weights.shape)} do not fit each other"
+        )
+
+
+def quantise_rows(x: torch.Tensor, panel: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row of x [M, K] as whole numbers from -127 to 127 times a factor: (q, factors float32 [M]).
+
+    q is int8 [M, K padded to 4], or, for `panel` rows lying together, [M/panel, K/4, panel, 4].
+    """
+    rows, inputs = x.shape
+    words = -(-inputs // 4)
+    shape = (rows, words * 4) if panel == 1 else (-(-rows // panel), words, panel, 4)
+    q = torch.zeros(shape, dtype=torch.int8) if rows % panel else torch.empty(shape, dtype=torch.int8)
+    factors = torch.empty(rows, dtype=torch.float32)
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        x = x.float()
+    x = x.contiguous()
+    _library().dolly_quantise(
+        level(), x.dtype == torch.bfloat16, rows, inputs, x.data_ptr(), panel, q.data_ptr(), factors.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return q, factors
