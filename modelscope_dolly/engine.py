@@ -6,21 +6,28 @@ How it works
    (prefill), which gives each its first token.
 3. All active slots take one step (decode), again and again. Answers of dolly end after 5 to 256 tokens, so a slot whose
    request has stopped is given the next one at once instead of waiting for its neighbours.
-4. The state of a run belongs to that run. Concurrent runs share only the weights, which nothing writes.
+4. A step may verify guesses: a slot's newest token and the tokens guessed to follow it go through the network together,
+   the answer's own sampler draws from each row of logits as ever, and the step ends at the first token that is not the
+   one guessed. Keys and values of wrong guesses are overwritten by the next step.
+5. The state of a run belongs to that run. Concurrent runs share only the weights, which nothing writes.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from .draft import Draft, Drafted, DraftRun
 from .errors import HardwareError, PromptError
+from .guess import Guesser, PassCost
 from .neox import KVCache, NeoX, Step
 from .sampling import Sampler, Sampling
+from .speculation import Guessing
 
 #: Prompts prefilled together hold at most this many tokens, which bounds the memory of a pass.
 PREFILL_TOKENS = 2048
@@ -38,6 +45,7 @@ class Request:
         sampling: how tokens are drawn.
         stop_ids: end the answer; such an id is its last one.
         watch: called with each new id but a stop id; True ends the answer.
+        guesser: makes a guesser from the prompt, for instance guess.PromptLookup; it changes the speed alone.
     """
 
     ids: Sequence[int]
@@ -45,6 +53,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     watch: Callable[[int], bool] | None = None
+    guesser: Callable[[Sequence[int]], Guesser] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,27 @@ class Token:
 
 @dataclass
 class RunStats:
-    """What a run did, for benchmarks and for the share of work that was useful."""
+    """What a run did, for benchmarks and for the share of work that was useful.
 
+    Attributes:
+        prefill_passes, prefill_tokens: passes over prompts, and their tokens.
+        decode_steps, decode_tokens: passes after that, and the tokens of answers they made.
+        guessed, accepted: guesses verified, and those that were right.
+        draft_passes: passes of the draft network.
+    """
+
+    prefill_passes: int = 0
     prefill_tokens: int = 0
     decode_steps: int = 0
     decode_tokens: int = 0
+    guessed: int = 0
+    accepted: int = 0
+    draft_passes: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Passes through the network itself."""
+        return self.prefill_passes + self.decode_steps
 
 
 @dataclass
@@ -72,17 +97,32 @@ class _Active:
     index: int
     request: Request
     sampler: Sampler
-    cached: int  # tokens whose keys and values are in the cache
-    last: int = 0  # the newest token, not yet in the cache
-    made: int = 0
+    ids: list[int]  # of the prompt and the answer so far; the newest one is not in the cache yet
+    guesser: Guesser | None
+    drafted: Drafted = field(default_factory=Drafted)
 
-    def take(self, logits: torch.Tensor) -> Token:
-        self.last = self.sampler.next(logits)
-        self.made += 1
-        reason = "length" if self.made >= self.request.max_new_tokens else None
-        if self.last in self.request.stop_ids or (self.request.watch and self.request.watch(self.last)):
+    @property
+    def room(self) -> int:
+        """Tokens that may still be made."""
+        return self.request.max_new_tokens - (len(self.ids) - len(self.request.ids))
+
+    def take(self, rows: torch.Tensor, guesses: Sequence[int]) -> Iterator[Token]:
+        """Draw from rows [1 + guesses, V] until a token is not the one guessed or ends the answer."""
+        for row, guess in zip(rows, (*guesses, None), strict=True):
+            token = self._draw(row)
+            yield token
+            if token.finish_reason or token.id != guess:
+                return
+
+    def _draw(self, logits: torch.Tensor) -> Token:
+        token = self.sampler.next(logits)
+        self.ids.append(token)
+        reason = "length" if self.room < 1 else None
+        if token in self.request.stop_ids or (self.request.watch and self.request.watch(token)):
             reason = "stop"
-        return Token(self.index, self.last, reason)
+        elif self.guesser is not None:
+            self.guesser.add(token)
+        return Token(self.index, token, reason)
 
 
 @dataclass
@@ -93,11 +133,15 @@ class Engine:
         net: the weights.
         device: where token ids go in.
         window: positions the network was trained for (2048).
+        draft: a smaller network that guesses for this one, if there is one.
+        cost: what passes take, as measured; decides how many guesses one verifies.
     """
 
     net: NeoX
     device: torch.device
     window: int
+    draft: Draft | None = None
+    cost: PassCost = field(default_factory=PassCost)
     # One pass at a time: threads take turns instead of fighting for the same cores or the same stream, and
     # accelerate's hooks, which swap weights of an offloaded layer in and out, are not thread-safe.
     _pass: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -123,28 +167,36 @@ class Engine:
         stats = stats if stats is not None else RunStats()
         slots = max(1, min(slots, len(requests)))
         longest = max(len(request.ids) + request.max_new_tokens for request in requests)
-        cache = KVCache(slots, min(self.window, -(-longest // _CACHE_STEP) * _CACHE_STEP))
+        length = min(self.window, -(-longest // _CACHE_STEP) * _CACHE_STEP)
+        cache = KVCache(slots, length)
+        guessing = Guessing(self.net, self.cost, stats)
+        if self.draft is not None:
+            guessing.draft = DraftRun(self.draft, self._forward, KVCache(slots, length), PREFILL_TOKENS)
         waiting = deque(enumerate(requests))
         active: list[_Active] = []  # active[i] holds slot i
         while waiting or active:
             fresh = self._admit(waiting, slots - len(active))
+            begin = len(active) if fresh else 0
             if fresh:
-                rows = self._prefill(fresh, len(active), cache)
-                stats.prefill_tokens += sum(one.cached for one in fresh)
-                stepped, begin = fresh, len(active)
+                rows, guesses = self._prefill(fresh, begin, cache), [[] for _ in fresh]
                 active.extend(fresh)
+                stats.prefill_passes += 1
+                stats.prefill_tokens += sum(len(one.request.ids) for one in fresh)
             else:
-                rows = self._decode(active, cache)
+                guesses = guessing.guess(active)
+                rows = self._decode(active, guesses, cache)
                 stats.decode_steps += 1
-                stats.decode_tokens += len(active)
-                stepped, begin = list(active), 0
-            ended = []
-            for place, (one, logits) in enumerate(zip(stepped, rows, strict=True), start=begin):
-                token = one.take(logits)
-                if token.finish_reason:
-                    ended.append(place)
-                yield token
-            _release(active, ended, cache)
+            ended: list[int] = []
+            for place, logits in enumerate(rows.split([1 + len(ids) for ids in guesses]), start=begin):
+                one, guessed = active[place], guesses[place - begin]
+                before = len(one.ids)
+                for token in one.take(logits, guessed):
+                    stats.decode_tokens += not fresh
+                    if token.finish_reason:
+                        ended.append(place)
+                    yield token
+                guessing.learn(place, one, before, guessed)
+            _release(active, ended, cache, guessing)
 
     def _check(self, request: Request) -> None:
         total = len(request.ids) + request.max_new_tokens
@@ -160,7 +212,8 @@ class Engine:
         room = PREFILL_TOKENS
         while waiting and len(fresh) < free and (not fresh or len(waiting[0][1].ids) <= room):
             index, request = waiting.popleft()
-            fresh.append(_Active(index, request, Sampler(request.sampling, list(request.ids)), cached=len(request.ids)))
+            guesser = request.guesser(request.ids) if request.guesser else None
+            fresh.append(_Active(index, request, Sampler(request.sampling, request.ids), list(request.ids), guesser))
             room -= len(request.ids)
         return fresh
 
@@ -175,19 +228,26 @@ class Engine:
             positions.extend(range(len(one.request.ids)))
         return self._forward(ids, Step(torch.tensor(positions), spans=tuple(spans)), cache)
 
-    def _decode(self, active: list[_Active], cache: KVCache) -> torch.Tensor:
-        """The newest token of each active slot -> logits [len(active), V]."""
-        positions = [one.cached for one in active]
-        for one in active:
-            one.cached += 1
-        step = Step(torch.tensor(positions), length=max(positions) + 1)
-        return self._forward([one.last for one in active], step, cache)
+    def _decode(self, active: list[_Active], guesses: list[list[int]], cache: KVCache) -> torch.Tensor:
+        """The newest token of each active slot and the guesses behind it -> logits [active + guesses, V]."""
+        if not any(guesses):
+            positions = [len(one.ids) - 1 for one in active]
+            step = Step(torch.tensor(positions), length=max(positions) + 1)
+            return self._forward([one.ids[-1] for one in active], step, cache)
+        ids: list[int] = []
+        blocks = []
+        for slot, (one, guessed) in enumerate(zip(active, guesses, strict=True)):
+            blocks.append((slot, len(one.ids) - 1, 1 + len(guessed)))
+            ids.extend((one.ids[-1], *guessed))
+        return self._forward(ids, Step.extend(blocks), cache)
 
-    def _forward(self, ids: list[int], step: Step, cache: KVCache) -> torch.Tensor:
+    def _forward(self, ids: list[int], step: Step, cache: KVCache, draft: Draft | None = None) -> torch.Tensor:
+        net, cost = (draft.net, draft.cost) if draft else (self.net, self.cost)
         # inference_mode stays inside the pass: around a `yield` it would leak into the caller's code.
         with self._pass, torch.inference_mode():
+            begun = time.perf_counter()
             try:
-                logits = self.net(torch.tensor(ids, device=self.device), step, cache)
+                logits = net(torch.tensor(ids, device=self.device), step, cache)
             except torch.OutOfMemoryError as error:
                 raise HardwareError(
                     f"{self.device}: out of memory with {cache.slots} answers of up to {cache.length} tokens in work; "
@@ -199,14 +259,17 @@ class Engine:
                     f"the network's output is not finite in {number_type} on {self.device}: the weights are damaged "
                     "(dolly check) or overflow in this type; use dtype='bf16' or 'fp32'"
                 )
+            if step.spans is None:  # the check above has waited for the device
+                cost.add(len(ids), time.perf_counter() - begun)
             return logits
 
 
-def _release(active: list[_Active], ended: list[int], cache: KVCache) -> None:
+def _release(active: list[_Active], ended: list[int], cache: KVCache, guessing: Guessing) -> None:
     """Free slots; the last active one moves into each hole, so that slots in use stay at the front."""
     for place in reversed(ended):
         last = len(active) - 1
         if place != last:
             cache.move(last, place)
+            guessing.move(last, place)
             active[place] = active[last]
         active.pop()

@@ -18,6 +18,7 @@ import torch
 
 from .engine import Engine, Request
 from .errors import PromptError, SettingError, unknown_name
+from .guess import PromptLookup
 from .prompt import Answer, DollyTokenizer, check_instruction, check_text
 from .sampling import Sampling
 
@@ -45,6 +46,8 @@ class GenerationSettings:
         return_full_text: put the instruction and a newline before the answer.
         on_overflow: "error", or "truncate_context" to shorten a context that leaves no room for max_new_tokens (or for
             half of the window, if that is less).
+        prompt_lookup: True guesses that the answer copies from the prompt, and verifies several tokens in one pass;
+            "auto" does so with float32 weights, where it does not show in the answer; see guess.PromptLookup.
     """
 
     max_new_tokens: int = 256
@@ -58,6 +61,7 @@ class GenerationSettings:
     stop: str | Sequence[str] = ()
     return_full_text: bool = False
     on_overflow: str = "error"
+    prompt_lookup: bool | str = "auto"
 
     def updated(self, keywords: Mapping[str, Any]) -> GenerationSettings:
         """These settings with `keywords` on top, all checked.
@@ -107,6 +111,8 @@ class GenerationSettings:
         yield must(stop is None or self.stop == () or texts, "stop", "a text or a list of texts, none empty")
         yield must(isinstance(self.return_full_text, bool), "return_full_text", "True or False")
         yield must(self.on_overflow in OVERFLOW_MODES, "on_overflow", f"one of {', '.join(OVERFLOW_MODES)}")
+        lookup = isinstance(self.prompt_lookup, bool) or self.prompt_lookup == "auto"
+        yield must(lookup, "prompt_lookup", "True, False or 'auto'")
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,8 @@ class Responder:
         requests: list[Request] = []
         answers: list[Answer] = []
         heads: list[str] = []
+        lookup = settings.prompt_lookup if settings.prompt_lookup != "auto" else self.engine.net.in_float32
+        guesser = PromptLookup if lookup else None
         for prompt in prompts:
             ids, room = self.fit(prompt, settings)
             for seed in _seeds(settings):
@@ -184,7 +192,7 @@ class Responder:
                     float(settings.repetition_penalty),
                     seed,
                 )
-                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, watch=answer.push))
+                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, answer.push, guesser))
         for token in self.engine.run(requests, slots):
             answer = answers[token.index]
             if token.finish_reason:

@@ -9,6 +9,8 @@ Shapes: N tokens in this pass, B slots, H heads, D values per head, E = H * D hi
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,32 +26,102 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """What one pass works on: the whole prompts of some slots (prefill), or one token of each slot (decode).
+    """What one pass works on: whole prompts (prefill), one token of each slot (decode), or several of some (extend).
 
     Attributes:
         positions: [N] place of each token in its own sequence.
         spans: prefill only; (slot, begin, end) of each prompt among the N tokens.
-        length: decode only; number of cache places to look at: 1 + the largest position.
+        length: decode and extend; number of cache places to look at: 1 + the largest position.
+        blocks: extend only; (slot, first position, number of tokens), in the order of the slots and of the tokens.
+        last_only: extend only; logits of each block's last token instead of those of all N.
     """
 
     positions: torch.Tensor
     spans: tuple[tuple[int, int, int], ...] | None = None
     length: int = 0
-    _moved: dict = field(default_factory=dict, repr=False)
+    blocks: tuple[tuple[int, int, int], ...] | None = None
+    last_only: bool = False
+    _placed: dict = field(default_factory=dict, repr=False)
 
-    def on(self, device: torch.device, rotary: Rotary, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Positions [N], cos and sin [N, 1, R] and, in decode, mask [N, 1, 1, length] on a layer's device.
+    @classmethod
+    def extend(cls, blocks: Sequence[tuple[int, int, int]], last_only: bool = False) -> Step:
+        """New tokens of some slots, whose earlier tokens are in the cache already; `blocks` as above."""
+        positions = [position for _, start, count in blocks for position in range(start, start + count)]
+        return cls(torch.tensor(positions), length=max(positions) + 1, blocks=tuple(blocks), last_only=last_only)
 
-        Made once per device and pass, since layers may be spread over several.
-        """
-        if device not in self._moved:
-            positions = self.positions.to(device)
-            cos, sin = rotary(positions, dtype)
-            mask = None
-            if self.spans is None:
-                mask = (torch.arange(self.length, device=device) <= positions[:, None])[:, None, None]
-            self._moved[device] = (positions, cos, sin, mask)
-        return self._moved[device]
+    def on(self, device: torch.device, rotary: Rotary, dtype: torch.dtype) -> Placed:
+        """What a layer on `device` needs; made once per device and pass, since layers may be spread over several."""
+        if device not in self._placed:
+            self._placed[device] = self._place(device, rotary, dtype)
+        return self._placed[device]
+
+    def _place(self, device: torch.device, rotary: Rotary, dtype: torch.dtype) -> Placed:
+        tokens = len(self.positions)
+        positions = self.positions.to(device)
+        cos, sin = rotary(positions, dtype)
+        if self.spans is not None:
+            return Placed(positions, cos, sin)
+        slots, offsets, grid = torch.arange(tokens, device=device), None, positions[:, None]
+        if self.blocks is not None:
+            rows = [(slot, offset) for slot, _, count in self.blocks for offset in range(count)]
+            slots, offsets = torch.tensor(rows, device=device).unbind(1)
+            shape = (1 + max(slot for slot, _, _ in self.blocks), max(count for _, _, count in self.blocks))
+            grid = positions.new_zeros(shape)
+            grid[slots, offsets] = positions
+            if [count for _, _, count in self.blocks] == [shape[1]] * shape[0]:
+                offsets = None  # the tokens fill the grid in order
+        mask = None
+        if grid.numel() > 1:  # a single token sees all
+            hidden = torch.arange(self.length, device=device) > grid[:, None, :, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return Placed(positions, cos, sin, slots, offsets, tuple(grid.shape), mask)
+
+    def wanted(self) -> list[int] | None:
+        """Which of the N tokens' logits are asked for; None: all."""
+        if self.spans is not None:
+            return [end - 1 for _, _, end in self.spans]
+        if self.blocks is None or not self.last_only:
+            return None
+        return [end - 1 for end in itertools.accumulate(count for _, _, count in self.blocks)]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A step on one device.
+
+    The tokens of an attention call outside prefill lie in a grid [B, M]: slots by new tokens of the slot with the most.
+
+    Attributes:
+        positions: [N].
+        cos, sin: [N, 1, 1, R], see Rotary.
+        slots: [N] slot of each token.
+        offsets: [N] column of each token in the grid; None where the tokens fill the grid in order.
+        grid: (B, M).
+        mask: [B, 1, M, length] added to attention scores: 0, or -inf for what lies ahead.
+    """
+
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    slots: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    grid: tuple[int, ...] = ()
+    mask: torch.Tensor | None = None
+
+    def spread(self, query: torch.Tensor) -> torch.Tensor:
+        """[N, H, D] -> [B, H, M, D]; zeros where a slot has fewer tokens."""
+        if self.offsets is None:
+            return query.view(*self.grid, *query.shape[1:]).transpose(1, 2)
+        spread = query.new_zeros(*self.grid, *query.shape[1:])
+        spread[self.slots, self.offsets] = query
+        return spread.transpose(1, 2)
+
+    def gather(self, out: torch.Tensor) -> torch.Tensor:
+        """[B, H, M, D] -> [N, E]."""
+        out = out.transpose(1, 2)
+        if self.offsets is not None:
+            out = out[self.slots, self.offsets]
+        return out.reshape(len(self.positions), -1)
 
 
 class KVCache:
@@ -95,17 +167,16 @@ class Rotary:
         self.inverse_frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
 
     def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin [N, 1, R] for positions [N]."""
+        """cos, sin [N, 1, 1, R] for positions [N]; the first half of sin is negative, see turn."""
         angles = positions[:, None].float() * self.inverse_frequencies.to(positions.device)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), dim=-1)[:, None, None], torch.cat((-sin, sin), dim=-1)[:, None, None]
 
-    def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate x [N, H, D]."""
-        turned, passed = x[..., : self.width], x[..., self.width :]
-        first, second = turned.chunk(2, dim=-1)
-        turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-        return torch.cat((turned, passed), dim=-1)
+    def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotate x [N, H, any, D] in place: each pair (i, i + R / 2) by its angle."""
+        turned = x[..., : self.width]
+        swapped = turned.roll(self.width // 2, dims=-1)
+        turned.copy_(turned * cos + swapped.mul_(sin))
 
 
 class Attention(nn.Module):
@@ -119,17 +190,17 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, step: Step, cache: KVCache) -> torch.Tensor:
         """x [N, E] -> [N, E]; writes this pass's keys and values into the cache."""
         tokens = x.shape[0]
-        positions, cos, sin, mask = step.on(x.device, self.rotary, x.dtype)
-        query, key, value = self.query_key_value(x).view(tokens, self.heads, -1).chunk(3, dim=-1)
-        query, key = self.rotary.turn(query, cos, sin), self.rotary.turn(key, cos, sin)
+        placed = step.on(x.device, self.rotary, x.dtype)
+        mixed = self.query_key_value(x).view(tokens, self.heads, 3, -1)
+        self.rotary.turn(mixed[:, :, :2], placed.cos, placed.sin)
+        query, key, value = mixed.unbind(2)
         keys, values = cache.layer(self.index, key)
         if step.spans is None:
-            rows = torch.arange(tokens, device=x.device)
-            keys[rows, :, positions] = key
-            values[rows, :, positions] = value
-            seen = (slice(tokens), slice(None), slice(step.length))
-            out = F.scaled_dot_product_attention(query[:, :, None], keys[seen], values[seen], attn_mask=mask)
-            out = out.reshape(tokens, -1)
+            keys[placed.slots, :, placed.positions] = key
+            values[placed.slots, :, placed.positions] = value
+            seen = (slice(placed.grid[0]), slice(None), slice(step.length))
+            spread = placed.spread(query)
+            out = placed.gather(F.scaled_dot_product_attention(spread, keys[seen], values[seen], attn_mask=placed.mask))
         else:
             out = torch.empty_like(x)
             for slot, begin, end in step.spans:
@@ -188,13 +259,20 @@ class NeoX(nn.Module):
         self.gpt_neox = Trunk(config)
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def in_float32(self) -> bool:
+        """Whether the layers compute with float32 weights, neither of half precision nor quantised."""
+        linear = self.gpt_neox.layers[0].mlp.dense_h_to_4h
+        return isinstance(linear, nn.Linear) and linear.weight.dtype == torch.float32
+
     def forward(self, tokens: torch.Tensor, step: Step, cache: KVCache) -> torch.Tensor:
-        """Logits of each slot's last token: tokens [N] -> [B', V], B' = spans (prefill) or N (decode)."""
+        """Logits of the tokens that the step wants: tokens [N] -> [N', V], N' = spans (prefill), N, or blocks."""
         x = self.gpt_neox.embed_in(tokens)
         for layer in self.gpt_neox.layers:
             x = layer(x, step, cache)
-        if step.spans is not None:
-            x = x[torch.tensor([end - 1 for _, _, end in step.spans], device=x.device)]
+        wanted = step.wanted()
+        if wanted is not None:
+            x = x[torch.tensor(wanted, device=x.device)]
         return self.embed_out(self.gpt_neox.final_layer_norm(x))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ class Sampling:
         top_p: keep the smallest set of tokens whose probabilities sum to at least this (Holtzman et al. 2020).
         repetition_penalty: logits of tokens seen before, prompt included, are divided (positive) or multiplied
             (negative) by it (Keskar et al. 2019).
-        seed: of this answer's own random generator.
+        seed: of this answer's own random numbers.
     """
 
     do_sample: bool = True
@@ -32,34 +34,78 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of one answer; its generator makes them independent of the other answers in a batch.
+    """Draws the tokens of one answer, independently of the other answers in a batch.
 
-    The generator lives on the CPU whatever the device, so that a seed gives the same answer everywhere as far as the
-    logits are the same.
+    A draw is an exponential race (the Gumbel-max trick; Maddison et al. 2014, arXiv:1411.0030): each token's noise is a
+    hash of (seed, number of the draw, token id), and the token with the largest probability / noise is drawn. Noise
+    that belongs to the token id makes the draw robust: logits that differ by rounding (another batch size, device or
+    number type), or by being a smaller network's, mostly give the same token.
     """
 
-    def __init__(self, sampling: Sampling, prompt: list[int]):
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]):
         self.sampling = sampling
+        self.draws = 0  # draws made so far
         self._seen = set(prompt) if sampling.repetition_penalty != 1.0 else None
-        self._generator = torch.Generator("cpu").manual_seed(sampling.seed) if sampling.do_sample else None
+        self._seed = _mix(sampling.seed)
 
     def next(self, logits: torch.Tensor) -> int:
         """Logits [V] of any number type -> token id."""
         logits = logits.float()
         if self._seen is not None:
             logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
-        token = self._draw(logits) if self._generator is not None else int(logits.argmax())
+        token = self._draw(logits) if self.sampling.do_sample else int(logits.argmax())
+        self.draws += 1
         if self._seen is not None:
             self._seen.add(token)
         return token
 
+    def copy(self) -> Sampler:
+        """A sampler with the same dice: from equal logits it draws what this one will draw."""
+        twin = copy.copy(self)
+        twin._seen = set(self._seen) if self._seen is not None else None
+        return twin
+
     def _draw(self, logits: torch.Tensor) -> int:
         ids, probabilities = distribution(logits, self.sampling)
-        # Inverse of the cumulative distribution at one uniform number: one number a token, whatever the filters keep.
-        cumulative = probabilities.double().cumsum(0)
-        point = torch.rand((), dtype=torch.float64, generator=self._generator).item() * cumulative[-1].item()
-        place = int(torch.searchsorted(cumulative, point, right=True))
-        return int(ids[min(place, len(ids) - 1)])
+        if len(ids) == 1:
+            return int(ids)
+        # float64: a float32 uniform number is 0 once in 2^24 draws, and an unlikely token would win
+        race = probabilities.double() / noise(_mix(self._seed + self.draws), ids)
+        return int(ids[race.argmax()])
+
+
+def noise(key: int, ids: torch.Tensor) -> torch.Tensor:
+    """Exponential random numbers [K], float64, one for each id: the same for a (key, id) on every device.
+
+    Output number `id` of the SplitMix64 generator (Steele, Lea, Flood 2014) that starts at `key`, as a uniform number.
+    """
+    bits = ids * _signed(_GOLDEN) + _signed(key)  # integers wrap around
+    for shift, factor in ((30, _FACTORS[0]), (27, _FACTORS[1])):
+        bits = (bits ^ _shifted(bits, shift)) * _signed(factor)
+    bits = bits ^ _shifted(bits, 31)
+    return -torch.log((_shifted(bits, 11).double() + 0.5) * 2.0**-53)
+
+
+_GOLDEN, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_ALL = 2**64 - 1
+
+
+def _mix(number: int) -> int:
+    """One step of SplitMix64 on a Python integer."""
+    bits = (number + _GOLDEN) & _ALL
+    for shift, factor in ((30, _FACTORS[0]), (27, _FACTORS[1])):
+        bits = (bits ^ bits >> shift) * factor & _ALL
+    return bits ^ bits >> 31
+
+
+def _signed(bits: int) -> int:
+    """64 bits as torch's int64 holds them."""
+    return bits - 2**64 if bits >> 63 else bits
+
+
+def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """Shift right, filling with zeros; torch's own shift repeats the sign."""
+    return bits >> by & (1 << 64 - by) - 1
 
 
 def penalize(logits: torch.Tensor, seen: set[int], penalty: float) -> torch.Tensor:
@@ -69,16 +115,40 @@ def penalize(logits: torch.Tensor, seen: set[int], penalty: float) -> torch.Tens
     return logits.index_copy(0, ids, torch.where(values < 0, values * penalty, values / penalty))
 
 
+#: So many of the likeliest tokens are looked at first: sorting the whole vocabulary takes longer than all of the rest.
+_FIRST = (256, 4096)
+
+
 def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [K] that may be drawn and their unnormalised probabilities [K], likeliest first, ties by smaller id."""
-    values, ids = logits.sort(descending=True, stable=True)
+    """Ids [K] that may be drawn and their unnormalised probabilities [K], likeliest first, ties by smaller id.
+
+    With neither top_k nor top_p all ids are kept, in their own order.
+    """
     # Distances to the likeliest token: dividing the logits themselves by a tiny temperature would overflow.
-    values = (values - values[0]) / max(sampling.temperature, torch.finfo(values.dtype).tiny)
-    if sampling.top_k:
-        values, ids = values[: sampling.top_k], ids[: sampling.top_k]
-    probabilities = values.softmax(0)
-    if sampling.top_p < 1.0:
+    values = (logits - logits.max()) / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
+    if not sampling.top_k and sampling.top_p >= 1.0:
+        return torch.arange(len(values), device=values.device), values.softmax(0)
+    total = values.exp().sum() if not sampling.top_k else None
+    for count in (*_FIRST, len(values)):
+        ids = _likeliest(values, max(count, sampling.top_k))
+        probabilities = values[ids].exp()
+        if sampling.top_k:
+            ids, probabilities = ids[: sampling.top_k], probabilities[: sampling.top_k]
+        probabilities = probabilities / (total if total is not None else probabilities.sum())
+        if sampling.top_p >= 1.0:
+            return ids, probabilities
         before = probabilities.cumsum(0) - probabilities  # mass of everything likelier than this token
         kept = max(1, int((before < sampling.top_p).sum()))
-        ids, probabilities = ids[:kept], probabilities[:kept]
-    return ids, probabilities
+        if sampling.top_k or kept < len(ids) or count >= len(values):
+            return ids[:kept], probabilities[:kept]
+    raise AssertionError("the last round looks at all tokens")
+
+
+def _likeliest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Ids of the `count` largest values and of those equal to the last of them, largest first, ties by smaller id."""
+    if count < len(values):
+        floor = values.topk(count).values[-1]
+        ids = (values >= floor).nonzero()[:, 0]
+    else:
+        ids = torch.arange(len(values), device=values.device)
+    return ids[values[ids].sort(descending=True, stable=True).indices]

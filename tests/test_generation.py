@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from modelscope_dolly.engine import Engine
 from modelscope_dolly.errors import PromptError, SettingError
 from modelscope_dolly.generation import GenerationSettings, Prompt, Responder, parse_input
+from modelscope_dolly.guess import PromptLookup
 from modelscope_dolly.prompt import INTRO, DollyTokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -60,6 +62,7 @@ BAD_VALUES = [
     ("stop", ["", ["a", ""], [1], 5, {"a": 1}], "a text or a list of texts, none empty"),
     ("return_full_text", [0, "no", None], "True or False"),
     ("on_overflow", ["truncate", None, []], "one of error, truncate_context"),
+    ("prompt_lookup", ["on", 1, None, 0.5], "True, False or 'auto'"),
 ]
 
 
@@ -298,3 +301,22 @@ def test_updates_of_an_answer_only_grow_and_end_once(responder, prompts, full):
         assert updates[-1].prompt_tokens == len(responder.tokenizer.encode(prompt.instruction, prompt.context))
     assert sum(len(updates) for updates in seen.values()) > 10 * len(seen)
     assert responder.answers([], options, slots=5) == []
+
+
+def test_prompt_lookup_is_taken_where_it_does_not_show_or_where_it_is_asked_for(responder, prompts, monkeypatch):
+    asked = []
+    run = Engine.run
+    monkeypatch.setattr(
+        Engine,
+        "run",
+        lambda self, requests, slots: asked.extend(one.guesser for one in requests) or run(self, requests, slots),
+    )
+    half = Responder(
+        Engine(copy.deepcopy(responder.engine.net).to(torch.bfloat16), torch.device("cpu"), 2048), responder.tokenizer
+    )
+    texts = []
+    for who, lookup in ((responder, "auto"), (responder, True), (responder, False), (half, "auto"), (half, True)):
+        [[update]] = who.answers(prompts[:1], chosen(**GREEDY, prompt_lookup=lookup), slots=1)
+        texts.append(update.text)
+    assert asked == [PromptLookup, PromptLookup, None, None, PromptLookup]
+    assert texts[0] == texts[1] == texts[2]

@@ -92,6 +92,31 @@ def test_a_slot_keeps_its_sequence_when_it_is_moved(oracle):
     torch.testing.assert_close(found, their_logits(oracle, [ids], [21])[0], atol=1e-4, rtol=1e-5)
 
 
+@torch.inference_mode()
+def test_several_new_tokens_of_some_slots_give_the_logits_of_transformers(oracle):
+    """Blocks of unequal size, slots left out, one after the other, also over entries of an earlier, longer guess."""
+    net, cache = our_network(oracle), KVCache(4, 64)
+    sequences = [random_ids(40, seed) for seed in range(4)]
+    starts = [9, 1, 14, 5]
+    ends = torch.tensor(starts).cumsum(0).tolist()
+    spans = tuple((slot, end - size, end) for slot, (size, end) in enumerate(zip(starts, ends, strict=True)))
+    tokens = torch.cat([ids[:size] for ids, size in zip(sequences, starts, strict=True)])
+    net(tokens, Step(torch.cat([torch.arange(size) for size in starts]), spans=spans), cache)
+    wrong = Step.extend([(slot, start, 20) for slot, start in enumerate(starts)])
+    net(random_ids(80, seed=9), wrong, cache)
+    expected = [oracle(ids[None]).logits[0] for ids in sequences]
+    for counts in ([1, 4, 2, 1], [3, 3, 3, 3], [1, 1, 1, 1], [0, 5, 0, 2], [2, 0, 0, 0], [0, 0, 0, 1]):
+        blocks = [(slot, starts[slot], count) for slot, count in enumerate(counts) if count]
+        tokens = torch.cat([sequences[slot][start : start + count] for slot, start, count in blocks])
+        wanted = [expected[slot][start : start + count] for slot, start, count in blocks]
+        found = net(tokens, Step.extend(blocks), cache)
+        torch.testing.assert_close(found, torch.cat(wanted), atol=1e-4, rtol=1e-5)
+        last = net(tokens, Step.extend(blocks, last_only=True), cache)
+        torch.testing.assert_close(last, torch.stack([rows[-1] for rows in wanted]), atol=1e-4, rtol=1e-5)
+        for slot, count in enumerate(counts):
+            starts[slot] += count
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_to_float32_as_that_of_transformers(dtype):
     ids, exact_model = [random_ids(48)], random_model()

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from modelscope_dolly.sampling import Sampler, Sampling, distribution, penalize
+from modelscope_dolly.sampling import Sampler, Sampling, _mix, distribution, noise, penalize
 
 
 def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -30,7 +30,10 @@ def ours(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """[V] probabilities of `distribution`, renormalised; 0 for what is not kept."""
     ids, probabilities = distribution(logits, sampling)
     assert len(set(ids.tolist())) == len(ids)
-    assert bool((probabilities.diff() <= 0).all())  # likeliest first
+    if sampling.top_k or sampling.top_p < 1.0:
+        assert bool((probabilities.diff() <= 0).all())  # likeliest first
+    else:
+        assert ids.tolist() == list(range(len(logits)))
     return torch.zeros_like(logits).index_copy(0, ids, probabilities / probabilities.sum())
 
 
@@ -45,8 +48,8 @@ def on_the_border(logits: torch.Tensor, sampling: Sampling) -> bool:
 def test_the_kept_tokens_and_their_probabilities_are_those_of_transformers():
     rng = random.Random(0)
     compared = filtered = 0
-    for seed in range(600):
-        vocabulary = rng.choice((1, 2, 7, 50, 400))
+    for seed in range(500):
+        vocabulary = rng.choice((1, 2, 7, 50, 400, 6000))
         logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed)) * rng.choice((0.1, 1, 5, 30))
         sampling = Sampling(
             temperature=rng.choice((0.05, 0.7, 1.0, 2.5)),
@@ -61,7 +64,7 @@ def test_the_kept_tokens_and_their_probabilities_are_those_of_transformers():
         torch.testing.assert_close(ours(logits, sampling), expected.softmax(0), rtol=1e-4, atol=1e-7)
         compared += 1
         filtered += len(kept) < vocabulary
-    assert compared > 550 and filtered > 200, (compared, filtered)
+    assert compared > 450 and filtered > 200, (compared, filtered)
 
 
 def test_equally_likely_tokens_are_kept_in_the_order_of_their_ids():
@@ -110,13 +113,13 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
 def test_draws_follow_the_distribution(sampling):
     logits = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 1.5
     expected = warped(logits, sampling).softmax(0)
-    sampler, draws = Sampler(sampling, []), 20_000
+    sampler, draws = Sampler(sampling, []), 10_000
     counts = torch.zeros(12)
     for _ in range(draws):
         counts[sampler.next(logits)] += 1
     assert int(counts.sum()) == draws
     assert not counts[expected == 0].any()
-    assert (counts / draws - expected).abs().sum() / 2 < 0.012  # total variation; chance gives about 0.006
+    assert (counts / draws - expected).abs().sum() / 2 < 0.017  # total variation; chance gives about 0.009
     # Pearson's chi-square: its mean is the degrees of freedom, its variance twice that.
     kept = expected > 0
     chi_square = ((counts - draws * expected)[kept].square() / (draws * expected[kept])).sum()
@@ -143,19 +146,56 @@ def test_a_seed_gives_its_draws_whatever_else_is_drawn():
     assert [(mixed.next(logits), other.next(logits))[0] for _ in range(20)] == alone
 
 
-def test_a_draw_uses_one_random_number_whatever_is_kept():
+def test_draws_are_numbered_whatever_is_kept():
     narrow, wide = Sampler(Sampling(top_k=1, seed=3), []), Sampler(Sampling(top_p=1.0, seed=3), [])
     peaked, logits = torch.zeros(100), torch.randn(100, generator=torch.Generator().manual_seed(2))
     for _ in range(5):
         narrow.next(peaked)
         wide.next(logits)
-    flat = torch.zeros(2)
+    flat = torch.zeros(50)
     narrow.sampling = wide.sampling
     assert [narrow.next(flat) for _ in range(30)] == [wide.next(flat) for _ in range(30)]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(seed=5), Sampling(seed=5, repetition_penalty=1.5, top_k=30)])
+def test_a_copy_draws_what_the_original_will_draw_and_leaves_it_alone(sampling):
+    rows = list(torch.randn(40, 200, generator=torch.Generator().manual_seed(1)) * 2)
+    sampler, alone = Sampler(sampling, [1, 2]), Sampler(sampling, [1, 2])
+    for row in rows[:10]:
+        assert sampler.next(row) == alone.next(row)
+    twin = sampler.copy()
+    drawn = [twin.next(row) for row in rows[10:]]
+    assert [sampler.next(row) for row in rows[10:]] == drawn == [alone.next(row) for row in rows[10:]]
+
+
+def test_rounding_hardly_ever_changes_a_draw():
+    """Noise belongs to the token id: logits in bfloat16 mostly give the tokens of float32."""
+    same = total = 0
+    for seed in range(20):
+        logits = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * 3
+        exact, rounded = (Sampler(Sampling(seed=seed), []) for _ in range(2))
+        for _ in range(25):
+            same += exact.next(logits) == rounded.next(logits.bfloat16())
+            total += 1
+    assert same > 0.97 * total
+
+
+def test_noise_is_exponential_and_differs_between_draws_ids_and_seeds():
+    ids = torch.arange(50_000)
+    first, second = noise(1, ids), noise(2, ids)
+    for found in (first, second):
+        assert abs(float(found.mean()) - 1) < 0.02 and abs(float(found.var()) - 1) < 0.05 and float(found.min()) > 0
+        assert abs(float((found < 0.1).double().mean()) - 0.0952) < 0.005
+    assert abs(float(torch.corrcoef(torch.stack((first, second)))[0, 1])) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack((first[1:], first[:-1])))[0, 1])) < 0.02
+    assert torch.equal(noise(1, ids[[7, 49_999]]), first[[7, 49_999]])
+    # SplitMix64 from state 0: its published first outputs
+    assert [_mix(0), _mix(0x9E3779B97F4A7C15)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+    uniform = torch.exp(-noise(0, torch.tensor([1, 2])))
+    assert uniform.tolist() == pytest.approx([0xE220A8397B1DCDAF / 2**64, 0x6E789E6AA1B965F4 / 2**64], abs=1e-15)
+
+
 def test_seeds_may_be_as_large_as_the_settings_allow():
-    # torch's CPU generator uses the low 32 bits of a seed
     assert len({tuple(draw(Sampling(seed=seed), 10)) for seed in (0, 1, 2**31, 2**32 - 1)}) == 4
 
 
