@@ -41,7 +41,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
-    packages=["modelscope_dolly"],
+    packages=["modelscope_dolly", "modelscope_dolly.benchmark", "modelscope_dolly.evaluation"],
     package_data={"modelscope_dolly": ["configuration.json", "kernels.c"]},
     ext_modules=[KERNELS],
     install_requires=RUN,

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .bench_options import add_options as add_bench_options
-from .bench_options import settings_of
+from .benchmark.options import add_options as add_bench_options
+from .benchmark.options import settings_of
 from .errors import DollyError, SettingError
-from .eval_command import add_options as add_eval_options
+from .evaluation.command import add_options as add_eval_options
 
 if TYPE_CHECKING:
     from .generation import GenerationSettings, Update
@@ -246,8 +246,8 @@ def run_quantize(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     settings = settings_of(options)
-    from .bench_report import report
-    from .benchmark import bench
+    from .benchmark.report import report
+    from .benchmark.run import bench
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is stopped still tells what it has
     found: dict = {}
@@ -262,7 +262,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def run_eval(options: argparse.Namespace) -> int:
-    from .eval_command import run
+    from .evaluation.command import run
 
     return run(options, options.model or os.environ.get(MODEL_VARIABLE))
 

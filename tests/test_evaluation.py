@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
-from modelscope_dolly import cli, eval_model, eval_store, evaluation
+from modelscope_dolly import cli
 from modelscope_dolly.errors import SettingError
-from modelscope_dolly.eval_data import is_exact, read_rows
-from modelscope_dolly.evaluation import Settings, evaluate, verify
+from modelscope_dolly.evaluation import run, store, subject
+from modelscope_dolly.evaluation.data import is_exact, read_rows
+from modelscope_dolly.evaluation.harness import card_tasks, requests_and_gold
+from modelscope_dolly.evaluation.published import NAMES
+from modelscope_dolly.evaluation.run import Settings, evaluate, verify
 from modelscope_dolly.export import export_checkpoint
-from modelscope_dolly.harness import card_tasks, requests_and_gold
-from modelscope_dolly.published import NAMES
 from tests.conftest import SHARED_DATA, needs_shared_data, random_model
 from tests.layouts import copy_2023_layout, plain_hf
 
@@ -48,7 +49,7 @@ def settings(model: Path, output: Path, **changes) -> Settings:
     return Settings(**{**values, **changes})
 
 
-def likelihoods(output: Path, result: eval_store.TaskResult) -> list[list[float]]:
+def likelihoods(output: Path, result: store.TaskResult) -> list[list[float]]:
     path = output / result.run.directory / f"{result.task}.samples.jsonl"
     return [json.loads(line)["loglikelihoods"] for line in path.read_text().splitlines()]
 
@@ -124,7 +125,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_table(checkpoint_dir, tmp
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = ["eval", str(checkpoint_dir), "--data", str(FIXTURES), "--device", "cpu", "--output"]
     assert cli.main([*arguments, str(whole)]) == 0
-    ran, real = [], evaluation.run_task
+    ran, real = [], run.run_task
 
     def stops_at_the_third(lm, name, *rest):
         if len(ran) == 2:
@@ -132,13 +133,13 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_table(checkpoint_dir, tmp
         ran.append(name)
         return real(lm, name, *rest)
 
-    monkeypatch.setattr(evaluation, "run_task", stops_at_the_third)
+    monkeypatch.setattr(run, "run_task", stops_at_the_third)
     capsys.readouterr()
     assert cli.main([*arguments, str(parts)]) == 130
     assert "stopped in winogrande; 2 of 7 tasks are stored" in capsys.readouterr().err
     assert sorted(path.name for path in parts.glob("*/*.json")) == ["arc_easy.json", "openbookqa.json"]
     again = []
-    monkeypatch.setattr(evaluation, "run_task", lambda lm, name, *rest: (again.append(name), real(lm, name, *rest))[1])
+    monkeypatch.setattr(run, "run_task", lambda lm, name, *rest: (again.append(name), real(lm, name, *rest))[1])
     assert cli.main([*arguments, str(parts)]) == 0
     assert again == list(NAMES[2:])
     for name in ("table.md", "table.csv", "table.json"):
@@ -147,7 +148,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_table(checkpoint_dir, tmp
 
 def test_what_is_stored_is_not_run_and_its_model_not_loaded(checkpoint_dir, tmp_path, monkeypatch):
     first = evaluate(settings(checkpoint_dir, tmp_path, tasks=("piqa",)))
-    monkeypatch.setattr(evaluation, "open_lm", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(run, "open_lm", lambda *_: pytest.fail("the model was loaded"))
     assert evaluate(settings(checkpoint_dir, tmp_path, tasks=("piqa",))) == first
 
 
@@ -291,8 +292,8 @@ def test_keys_are_needed_for_the_template_only(gptj_dir, tmp_path, capsys):
 
 
 def test_a_model_that_does_not_fit_is_refused_with_numbers(checkpoint_dir, capsys, monkeypatch):
-    monkeypatch.setattr(eval_model, "free_memory", lambda device: 100_000)
-    monkeypatch.setattr(eval_model, "load_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(subject, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("it was loaded"))
     line = said(capsys, str(checkpoint_dir), "--data", str(FIXTURES), "--dtype", "fp32", "--device", "cpu")
     assert "weights need 0.00 GB on cpu in float32, 0.00 GB are free" in line
 

@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from training_runs import finished
 
-from modelscope_dolly import eval_store
 from modelscope_dolly.errors import CheckpointError, SettingError
-from modelscope_dolly.eval_store import RunIdentity
+from modelscope_dolly.evaluation import store
+from modelscope_dolly.evaluation.store import RunIdentity
 from train.model_card import write_card
 from train.run_record import KNOWN_DATA, card_license, describe_base
 
@@ -199,7 +199,7 @@ def test_evaluation_stands_beside_the_published_rows(directory, run, tmp_path):
         "<b>mine", None, "ab" * 32, **settings, limit=None, template="none", versions={"lm_eval": "0.4.13"}
     )
     right = {"acc": 1500, "acc_norm": 1500}
-    eval_store.write(tmp_path, eval_store.TaskResult("piqa", model, "d" * 64, "1.0", 1838, right, True), [])
+    store.write(tmp_path, store.TaskResult("piqa", model, "d" * 64, "1.0", 1838, right, True), [])
     _, body = card(directory, run=run, evaluation=tmp_path)
     for half in halves(body):
         assert "| &lt;b>mine | " in half and "0.816104" in half and "| dolly-v2-3b (card) | 0.384 |" in half

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from modelscope_dolly.published import (
+from modelscope_dolly.evaluation.published import (
     BY_NAME,
     NAMES,
     ROWS,

@@ -9,9 +9,10 @@ import json
 
 import pytest
 
-from modelscope_dolly import eval_store, results
 from modelscope_dolly.errors import SettingError
-from modelscope_dolly.eval_rows import (
+from modelscope_dolly.evaluation import results, store
+from modelscope_dolly.evaluation.published import BY_NAME, NAMES, ROWS
+from modelscope_dolly.evaluation.rows import (
     Row,
     check_can_pass,
     differences,
@@ -21,8 +22,7 @@ from modelscope_dolly.eval_rows import (
     row_from,
     table_rows,
 )
-from modelscope_dolly.eval_store import RunIdentity, TaskResult
-from modelscope_dolly.published import BY_NAME, NAMES, ROWS
+from modelscope_dolly.evaluation.store import RunIdentity, TaskResult
 
 RUN = RunIdentity(
     model="dolly-v2-3b", revision=None, files_sha256="ab" * 32, dtype="bfloat16", softmax_dtype="float32",
@@ -43,9 +43,9 @@ def whole(run: RunIdentity = RUN, **off: int) -> list[TaskResult]:
 
 def test_a_stored_result_comes_back(tmp_path):
     stored = result("piqa", speed={"seconds": 2.5}, finished="2026-01-01T00:00:00+00:00")
-    path = eval_store.write(tmp_path, stored, [{"doc_id": 0, "loglikelihoods": [-1.0, -2.0]}])
-    assert eval_store.read(path) == stored
-    assert eval_store.find(tmp_path, RUN, "piqa", "d" * 64, "1.0") == stored
+    path = store.write(tmp_path, stored, [{"doc_id": 0, "loglikelihoods": [-1.0, -2.0]}])
+    assert store.read(path) == stored
+    assert store.find(tmp_path, RUN, "piqa", "d" * 64, "1.0") == stored
     facts = json.loads(path.read_text())
     assert facts["score"] == stored.right / 1838 and facts["metric"] == "acc_norm" and facts["comparable"] is True
     assert json.loads((path.parent / "piqa.samples.jsonl").read_text())["loglikelihoods"] == [-1.0, -2.0]
@@ -61,35 +61,35 @@ OTHERS = [
 @pytest.mark.parametrize("change", OTHERS, ids=[next(iter(change)) for change in OTHERS])
 def test_a_run_that_differs_in_anything_gets_no_stored_result(tmp_path, change):
     assert {field.name for field in dataclasses.fields(RunIdentity)} == {next(iter(change)) for change in OTHERS}
-    eval_store.write(tmp_path, result("piqa"), [])
+    store.write(tmp_path, result("piqa"), [])
     other = dataclasses.replace(RUN, **change)
-    assert eval_store.find(tmp_path, other, "piqa", "d" * 64, "1.0") is None
+    assert store.find(tmp_path, other, "piqa", "d" * 64, "1.0") is None
     # Not even where somebody moved the file into its directory.
     (tmp_path / RUN.directory).rename(tmp_path / other.directory)
-    assert eval_store.find(tmp_path, other, "piqa", "d" * 64, "1.0") is None
+    assert store.find(tmp_path, other, "piqa", "d" * 64, "1.0") is None
 
 
 def test_other_data_other_task_version_or_lost_samples_are_run_again(tmp_path):
-    path = eval_store.write(tmp_path, result("piqa"), [])
-    assert eval_store.find(tmp_path, RUN, "piqa", "e" * 64, "1.0") is None
-    assert eval_store.find(tmp_path, RUN, "piqa", "d" * 64, "2.0") is None
+    path = store.write(tmp_path, result("piqa"), [])
+    assert store.find(tmp_path, RUN, "piqa", "e" * 64, "1.0") is None
+    assert store.find(tmp_path, RUN, "piqa", "d" * 64, "2.0") is None
     (path.parent / "piqa.samples.jsonl").unlink()
-    assert eval_store.find(tmp_path, RUN, "piqa", "d" * 64, "1.0") is None
+    assert store.find(tmp_path, RUN, "piqa", "d" * 64, "1.0") is None
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 99}'])
 def test_a_damaged_result_is_one_clear_line(tmp_path, damage):
-    path = eval_store.write(tmp_path, result("piqa"), [])
+    path = store.write(tmp_path, result("piqa"), [])
     path.write_text(damage)
     with pytest.raises(Exception) as caught:
-        eval_store.find(tmp_path, RUN, "piqa", "d" * 64, "1.0")
+        store.find(tmp_path, RUN, "piqa", "d" * 64, "1.0")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_hub_names_make_directories_inside_the_output(tmp_path):
     for model in ("databricks/dolly-v2-3b", "../../etc", "/", "a b\n"):
         run = dataclasses.replace(RUN, model=model)
-        path = eval_store.write(tmp_path, result("piqa", run=run), [])
+        path = store.write(tmp_path, result("piqa", run=run), [])
         assert path.parent.parent == tmp_path and path.parent.name == run.directory
 
 
@@ -157,7 +157,7 @@ def test_rows_are_sorted_by_gmean_and_incomplete_ones_come_first():
 def limited_output(tmp_path):
     run = dataclasses.replace(RUN, limit=100)
     for name in NAMES:
-        eval_store.write(tmp_path, result(name, run=run, size=BY_NAME[name].size, exact=None), [])
+        store.write(tmp_path, result(name, run=run, size=BY_NAME[name].size, exact=None), [])
     return tmp_path
 
 
@@ -188,7 +188,7 @@ def test_a_limit_is_told_wherever_the_result_appears(tmp_path, monkeypatch):
 
 def test_markdown_for_a_card_has_both_kinds_of_rows(tmp_path):
     for one in whole():
-        eval_store.write(tmp_path, one, [])
+        store.write(tmp_path, one, [])
     lines = results.markdown_table(tmp_path).splitlines()
     assert lines[0] == "| model | " + " | ".join(NAMES) + " | gmean |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:12]]

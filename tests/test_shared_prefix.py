@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXForCausalLM
 
-from modelscope_dolly.shared_prefix import MODEL_TYPES, Scorer, build_tree
+from modelscope_dolly.evaluation.shared_prefix import MODEL_TYPES, Scorer, build_tree
 from tests.conftest import tiny_config
 
 VOCABULARY = 97

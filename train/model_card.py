@@ -86,7 +86,7 @@ def copy_picture(run: Path, directory: Path) -> bool:
 
 def evaluation_section(evaluation: Path) -> str:
     """The table that `dolly eval` left, beside the published rows. Raises SettingError: it left none there."""
-    from modelscope_dolly.results import markdown_table
+    from modelscope_dolly.evaluation.results import markdown_table
 
     return markdown_table(evaluation).strip().replace("<", "&lt;")  # names of models stand in it as they are
 

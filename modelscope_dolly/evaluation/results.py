@@ -11,11 +11,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import eval_store
-from .errors import SettingError
-from .eval_rows import Row, differences, failures, measured_rows, row_from, table_rows
-from .manifest import write_atomically
+from ..errors import SettingError
+from ..manifest import write_atomically
+from . import store
 from .published import BY_NAME, NAMES
+from .rows import Row, differences, failures, measured_rows, row_from, table_rows
 
 
 def _cells(row: Row) -> list[str]:
@@ -118,7 +118,7 @@ def as_json(rows: Sequence[Row]) -> list[dict]:
 
 
 def report(
-    found: Sequence[eval_store.TaskResult], output: Path, reference: Row | None, check: bool, json_wanted: bool
+    found: Sequence[store.TaskResult], output: Path, reference: Row | None, check: bool, json_wanted: bool
 ) -> int:
     """Write the tables, print them, and return the exit code: 1 where `check` is wanted and fails.
 
@@ -130,7 +130,7 @@ def report(
     files = write_tables(output)
     rows = table_rows(measured_rows(output))
     # Tasks that the same run did earlier count: the row is what is stored.
-    stored = next(one for one in eval_store.runs(output) if next(iter(one.values())).run == found[0].run)
+    stored = next(one for one in store.runs(output) if next(iter(one.values())).run == found[0].run)
     row = row_from(list(stored.values()))
     failed = failures(row, reference) if check else []
     if json_wanted:

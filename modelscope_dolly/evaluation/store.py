@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .errors import SettingError
-from .manifest import read_json, write_atomically
+from ..errors import SettingError
+from ..manifest import read_json, write_atomically
 from .published import BY_NAME, NAMES, standard_error
 
 FORMAT = 1

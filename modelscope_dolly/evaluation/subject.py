@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import manifest
-from .checkpoint import DEFAULT_REVISION, locate, repair_hint
-from .errors import CheckpointError, HardwareError, one_line
-from .hardware import choose_device, choose_dtype, free_memory, gigabytes
-from .weights import weight_files
+from .. import manifest
+from ..checkpoint import DEFAULT_REVISION, locate, repair_hint
+from ..errors import CheckpointError, HardwareError, one_line
+from ..hardware import choose_device, choose_dtype, free_memory, gigabytes
+from ..weights import weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

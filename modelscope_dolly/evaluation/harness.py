@@ -1,7 +1,7 @@
 """lm-eval: its tasks over our data, its HFLM on our model. The only file that imports it.
 
 The card was made with lm-eval of April 2023, zero-shot, without a prompt template. lm-eval 0.4.13 asks the same, which
-`eval_data.is_exact` proves for given data.
+`data.is_exact` proves for given data.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .errors import SettingError, one_line
-from .eval_data import data_file, read_rows
-from .manifest import sha256
-from .prompt import DollyTokenizer
+from ..errors import SettingError, one_line
+from ..manifest import sha256
+from ..prompt import DollyTokenizer
+from .data import data_file, read_rows
 from .shared_prefix import Scorer
 
 try:

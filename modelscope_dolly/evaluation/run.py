@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from . import eval_store
-from .errors import HardwareError, SettingError, unknown_name
-from .eval_data import is_exact
-from .eval_model import Subject, examine, load_model, load_tokenizer
-from .eval_store import RunIdentity, TaskResult
-from .hardware import DTYPES, parse_dtype
+from ..errors import HardwareError, SettingError, unknown_name
+from ..hardware import DTYPES, parse_dtype
+from ..prompt import DollyTokenizer
+from . import store
+from .data import is_exact
 from .harness import CardLM, SharedPrefixLM, Task, card_tasks, requests_and_gold, score
-from .prompt import DollyTokenizer
 from .published import BY_NAME, NAMES
 from .shared_prefix import MODEL_TYPES
+from .store import RunIdentity, TaskResult
+from .subject import Subject, examine, load_model, load_tokenizer
 
 SCORERS = ("auto", "shared", "hf")
 TEMPLATES = ("none", "dolly")
@@ -83,7 +83,7 @@ def evaluate(settings: Settings) -> list[TaskResult]:
     with card_tasks(settings.tasks, settings.data) as tasks:
         subject = examine(settings.model, settings.revision, settings.device, settings.dtype)
         run = identify(subject, settings)
-        results = {name: eval_store.find(settings.output, run, name, *known) for name, (_, *known) in tasks.items()}
+        results = {name: store.find(settings.output, run, name, *known) for name, (_, *known) in tasks.items()}
         waiting = [name for name, result in results.items() if result is None]
         if len(waiting) < len(tasks):
             _say(f"{len(tasks) - len(waiting)} of {len(tasks)} tasks are stored in {settings.output / run.directory}")
@@ -97,7 +97,7 @@ def evaluate(settings: Settings) -> list[TaskResult]:
                     f"\nstopped in {name}; {done} of {len(tasks)} tasks are stored, the same command goes on from there"
                 )
                 raise
-            eval_store.write(settings.output, result, samples)
+            store.write(settings.output, result, samples)
             results[name] = result
             _say(_line(result))
     return list(results.values())

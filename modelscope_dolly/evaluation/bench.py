@@ -1,6 +1,6 @@
 """How fast `dolly eval` is against plain lm-eval: the same model, documents and machine, one after the other.
 
-    python -m modelscope_dolly.eval_bench MODEL --data DIR --limit 100
+    python -m modelscope_dolly.evaluation.bench MODEL --data DIR --limit 100
 
 Plain is what `lm_eval --model hf` runs, its HFLM, with the batch sizes given; its default is 1. Loading the model
 is in no figure; reading texts, tokenizing and scoring are in all.
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from .errors import DollyError
-from .eval_model import Subject, examine, load_model, load_tokenizer
+from ..errors import DollyError
 from .harness import CardLM, SharedPrefixLM, Task, card_tasks, score
 from .published import NAMES
+from .subject import Subject, examine, load_model, load_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="modelscope_dolly.eval_bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="modelscope_dolly.evaluation.bench", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="directory or hub id")
     parser.add_argument("--data", type=Path, required=True, help="directory with TASK.jsonl files")
     parser.add_argument("--limit", type=int, default=50, help="documents per task (default: 50)")
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = compare(options)
     except DollyError as error:
-        print(f"eval_bench: {error}", file=sys.stderr)
+        print(f"modelscope_dolly.evaluation.bench: {error}", file=sys.stderr)
         return 2
     print(json.dumps(found, indent=2) if options.json else report(found))
     return 0

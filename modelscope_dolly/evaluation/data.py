@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import SettingError, one_line
+from ..errors import SettingError, one_line
 from .published import BY_NAME
 
 Row = dict[str, Any]

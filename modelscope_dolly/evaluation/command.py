@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .errors import SettingError
+from ..errors import SettingError
 
 
 def add_options(parser: argparse.ArgumentParser, variable: str) -> None:
@@ -32,20 +32,21 @@ def add_options(parser: argparse.ArgumentParser, variable: str) -> None:
 
 def run(options: argparse.Namespace, model: str | None) -> int:
     """The exit code: 1 where data are not exact or the card is not reproduced, as asked for."""
-    from . import eval_rows, results
+    from . import results
+    from .rows import check_can_pass, published_rows, reference_row
 
     if options.published:
-        rows = eval_rows.published_rows()
+        rows = published_rows()
         print(json.dumps(results.as_json(rows), indent=2) if options.json else results.text_table(rows))
         return 0
     if options.verify_data:
         return _verify_data(options)
     if not model:
         raise SettingError("no model named: dolly eval DIRECTORY_OR_HUB_ID")
-    reference = eval_rows.reference_row(options.row, model)
+    reference = reference_row(options.row, model)
     if options.check_against:
-        eval_rows.check_can_pass(model, reference, options.limit, options.template)
-    from .evaluation import Settings, evaluate
+        check_can_pass(model, reference, options.limit, options.template)
+    from .run import Settings, evaluate
 
     names = ("revision", "limit", "batch_size", "device", "dtype", "softmax_dtype", "template", "scorer")
     given = {name: getattr(options, name) for name in names}
@@ -67,7 +68,7 @@ def _data(options: argparse.Namespace) -> Path | None:
 
 
 def _verify_data(options: argparse.Namespace) -> int:
-    from .evaluation import verify
+    from .run import verify
 
     findings = verify(_tasks(options), _data(options))
     if options.json:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import eval_store
-from .errors import SettingError, unknown_name
+from ..errors import SettingError, unknown_name
+from . import store
 from .published import NAMES, ROWS, TASKS, gmean, gmean_error, row_of, standard_error
 
 #: A model reproduces its row if it is within these: points of each task, and the difference of the gmeans. The same
@@ -71,10 +71,10 @@ def published_rows() -> list[Row]:
 
 def measured_rows(output: Path) -> list[Row]:
     """One row per run below the output directory."""
-    return [row_from(list(found.values())) for found in eval_store.runs(output)]
+    return [row_from(list(found.values())) for found in store.runs(output)]
 
 
-def row_from(results: Sequence[eval_store.TaskResult]) -> Row:
+def row_from(results: Sequence[store.TaskResult]) -> Row:
     """The row of one run's tasks."""
     run = results[0].run
     counts = {result.task: (result.right, result.size) for result in results}

@@ -1,0 +1,152 @@
+"""What every measurement of `dolly bench` needs: the weights on disk, and each engine in a process of its own.
+
+Own processes keep memory, threads and compiled kernels of one engine away from the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import locate, read_config
+from ..errors import DollyError, SettingError
+from ..hardware import DTYPES, choose_device, choose_dtype, choose_threads, parse_dtype
+from ..neox import parameter_shapes
+from . import limits, peers
+from .options import BenchSettings
+from .synthetic import make_checkpoint, parse_shape
+
+
+class Bench:
+    """One call of the command.
+
+    Attributes:
+        settings: the checked flags.
+        device, threads: where is measured.
+        dtypes: names of the number types; the first is that of the yardstick.
+        model, config: the checkpoint directory, inside `weights()`.
+        scratch: directory for what peers convert.
+    """
+
+    def __init__(self, settings: BenchSettings):
+        self.settings = settings
+        self.device = choose_device(settings.device).value
+        if self.device.type == "mps":
+            raise SettingError("dolly bench measures cpu and cuda:N, not mps; give --device cpu")
+        self.threads = choose_threads(settings.threads).value
+        self.dtypes = tuple(_short(parse_dtype(name)) for name in settings.dtypes)
+        self.rng = random.Random(settings.seed)
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[None]:
+        """Find or make the checkpoint; what was made and is not to be kept goes when the block ends."""
+        settings = self.settings
+        with tempfile.TemporaryDirectory(prefix="dolly-bench-") as temporary:
+            self.scratch = Path(temporary)
+            if settings.model:
+                self.model = locate(settings.model, settings.revision)
+                self.config = read_config(self.model)
+            else:
+                place = Path(settings.keep) if settings.keep else self.scratch
+                self.config, self.model = parse_shape(settings.shape), place / settings.shape
+                self.scratch = place / f"{settings.shape}-peers" if settings.keep else self.scratch
+                self.scratch.mkdir(parents=True, exist_ok=True)
+                if not self.model.exists():
+                    progress(f"making random weights of shape {settings.shape}")
+                    make_checkpoint(self.config, self.model, settings.seed)
+            if not self.dtypes:
+                count = sum(math.prod(shape) for shape in parameter_shapes(self.config).values())
+                self.dtypes = (_short(choose_dtype(self.device, None, count).value),)
+            yield
+
+    def prompts(self, batch: int) -> list[list[int]]:
+        return [self._ids(self.settings.prompt_tokens) for _ in range(batch)]
+
+    def _ids(self, count: int) -> list[int]:
+        # 4 and up: no end of text among them
+        return [self.rng.randrange(4, min(self.config.vocab_size, 50000)) for _ in range(count)]
+
+    def formats(self) -> list[tuple[str, str]]:
+        """(format, number type) of each row of ours: the number types as they are, then the quantised ones."""
+        plain = [(name, name) for name in self.dtypes] if "none" in self.settings.quantize else []
+        return plain + [(name, self.dtypes[0]) for name in self.settings.quantize if name != "none"]
+
+    def job(self, engine: str, number_format: str, **more: Any) -> dict:
+        return {
+            "engine": engine, "format": number_format, "model": str(self.model), "scratch": str(self.scratch),
+            "device": str(self.device), "threads": self.threads, "repeats": self.settings.repeats, **more,
+        }  # fmt: skip
+
+    def child(self, job: dict, program: str = sys.executable) -> dict:
+        """Run a job in a process of its own and give its result, with what disturbed it under `others_cpus`.
+
+        Raises:
+            DollyError: it ended without one; quotes its last line.
+        """
+        ours = job["engine"] == "dolly"
+        command = [program, *(("-m", "modelscope_dolly.benchmark.worker") if ours else (peers.__file__,))]
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR",
+        }  # fmt: skip
+        watch = limits.Watch()
+        with tempfile.TemporaryFile("w+") as errors:
+            if "prompt" in job:
+                job = {**job, "spawned": time.time()}
+            process = subprocess.Popen(
+                [*command, json.dumps(job)], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
+            found: dict = {}
+            try:
+                for line in process.stdout:
+                    found = _message(line, f"{job['engine']} {job['format']}") or found
+                process.wait()
+            finally:
+                process.stdout.close()
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+            errors.seek(0)
+            said = [line for line in errors.read().splitlines() if line.strip()]
+        if "error" in found:
+            raise DollyError(found["error"])
+        if process.returncode or not found:
+            last = said[-1].strip()[:200] if said else "it said nothing"
+            raise DollyError(f"{job['engine']} {job['format']} ended with {process.returncode}: {last}")
+        return {**found["result"], "others_cpus": watch.others()}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def _message(line: str, subject: str) -> dict | None:
+    """A result or an error that a child printed; its phases go to the progress line, its other words nowhere."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(message, dict):
+        return None
+    if "phase" in message:
+        progress(f"{subject}: {message['phase']}")
+    return message if "result" in message or "error" in message else None
+
+
+def progress(text: str | None) -> None:
+    """One line on a terminal, nothing in a log; None wipes it."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text or ''}", end="", file=sys.stderr, flush=True)

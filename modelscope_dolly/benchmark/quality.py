@@ -1,0 +1,209 @@
+"""`dolly bench --quality`: what a number format does to the predictions of a model, on real text.
+
+Each record's answer is read with the right tokens before it (teacher-forced), by the same network that answers, and the
+distribution of every next token is compared with that of the unquantised reference: Kullback-Leibler divergence
+KL(reference || format) in nats, how often the likeliest token is the same, and perplexity of the answer itself.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..checkpoint import locate, read_config, read_tokenizer
+from ..errors import HardwareError, SettingError
+from ..hardware import choose_device, free_disk, free_memory, gigabytes, parse_dtype
+from ..loading import load
+from ..neox import KVCache, NeoX, Step
+from ..plan import needs
+from .limits import machine
+from .lookup import read_texts
+from .process import progress
+
+if TYPE_CHECKING:
+    from ..prompt import DollyTokenizer
+    from .options import BenchSettings
+
+_RECORDS = 32
+#: Longer examples are cut: a pass over one is one block of logits [N, V].
+_LONGEST = 1024
+#: Without --data: enough to see that nothing is broken, not enough for a figure to decide by.
+SAMPLE = (
+    {
+        "instruction": "Why does bread rise?",
+        "response": "Yeast eats the sugars in the flour and gives off carbon dioxide. The gas is caught in the elastic "
+        "net of gluten that kneading has made, so the dough swells, and the heat of the oven sets it in that shape.",
+    },
+    {
+        "instruction": "Which towns does the road pass?",
+        "context": "The road leaves the harbour of Ostrand in the west, crosses the river at Millbridge and climbs to "
+        "Hollin, where it meets the railway.",
+        "response": "It passes Ostrand, Millbridge and Hollin.",
+    },
+    {
+        "instruction": "Give me three ways to keep a small kitchen tidy.",
+        "response": "1. Wash up while the food cooks, not afterwards.\n2. Hang pans and ladles on the wall instead of "
+        "stacking them.\n3. Keep on the worktop only what you use every day.",
+    },
+    {
+        "instruction": "Explain the difference between weather and climate to a child.",
+        "response": "Weather is what you see when you look out of the window today: rain, wind or sunshine. Climate is "
+        "what you may expect at a place over many years, such as snow in winter and heat in summer.",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Ids of an example, and where its answer begins."""
+
+    ids: list[int]
+    begin: int
+
+    @property
+    def predicted(self) -> int:
+        """Number of tokens of the answer, each predicted from those before it."""
+        return len(self.ids) - self.begin
+
+
+def compare(settings: BenchSettings) -> dict:
+    """The reference and every other format, one after the other, so that only one is in memory.
+
+    The reference is the first of --dtype, or fp32 where it fits, else bf16. The others are the rest of --dtype, bf16 as
+    a yardstick where the reference is fp32, and --quantize.
+
+    Raises:
+        CheckpointError, HardwareError, SettingError.
+    """
+    model = locate(settings.model, settings.revision)
+    config, tokenizer = read_config(model), read_tokenizer(model)
+    device = choose_device(settings.device).value
+    texts = choose_texts(tokenizer, settings)
+    count = sum(text.predicted for text in texts)
+    wanted = settings.dtypes or (_widest(config, device), "bf16")
+    reference, *others = dict.fromkeys(wanted)
+    for name in wanted:
+        parse_dtype(name)
+    formats = [(name, name, None) for name in others]
+    formats += [(name, reference, name) for name in settings.quantize if name != "none"]
+    need = count * config.vocab_size * 4
+    place = tempfile.gettempdir()
+    if need > (free := free_disk(place)):
+        raise HardwareError(f"{place}: {gigabytes(need)} are needed for logits, {gigabytes(free)} free; use --records")
+    with tempfile.NamedTemporaryFile(prefix="dolly-quality-") as file:
+        kept = torch.from_file(file.name, shared=True, size=count * config.vocab_size).view(count, -1)
+        reading = _Reading(model, device, settings.threads, texts, kept)
+        rows = [reading.reference(reference), *(reading.other(*one) for one in formats)]
+    return {
+        "model": str(model), "reference": reference, "records": len(texts), "tokens": count,
+        "data": settings.data or "built-in sample", "rows": rows,
+        "machine": machine(device, torch.get_num_threads()),
+    }  # fmt: skip
+
+
+def choose_texts(tokenizer: DollyTokenizer, settings: BenchSettings) -> list[Text]:
+    """Examples of --data, drawn by --seed, or the built-in sample."""
+    records = list(SAMPLE if settings.data is None else read_texts(settings.data))
+    if settings.data is not None:
+        random.Random(settings.seed).shuffle(records)
+    texts = []
+    for record in records:
+        ids, begin = tokenizer.encode_example(record["instruction"], record.get("context"), record["response"])
+        if begin < _LONGEST:
+            texts.append(Text(ids[:_LONGEST], begin))
+        if len(texts) == (settings.records or _RECORDS):
+            break
+    if not texts:
+        raise SettingError(f"--data {settings.data}: every prompt is longer than {_LONGEST} tokens")
+    return texts
+
+
+def _widest(config, device: torch.device) -> str:
+    need = next(row.weights for row in needs(config) if row.format == "fp32")
+    return "fp32" if need < 0.8 * free_memory(device) else "bf16"
+
+
+def log_probabilities(net: NeoX, device: torch.device, text: Text) -> torch.Tensor:
+    """Of the whole vocabulary at each token of the answer, given the right ones before: [predicted, V] float32, CPU."""
+    with torch.inference_mode():
+        step = Step.extend([(0, 0, len(text.ids))])
+        logits = net(torch.tensor(text.ids, device=device), step, KVCache(1, len(text.ids)))
+        return torch.log_softmax(logits[text.begin - 1 : -1].float(), dim=-1).cpu()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One model and the answers it reads.
+
+    Attributes:
+        model, device, threads: see loading.load.
+        texts: the examples.
+        kept: log-probabilities of the reference, [tokens of all answers, V], in a file.
+    """
+
+    model: Path
+    device: torch.device
+    threads: int | None
+    texts: list[Text]
+    kept: torch.Tensor
+
+    def reference(self, dtype: str) -> dict:
+        """Read the answers and keep what is predicted."""
+        loss = 0.0
+        for text, place, found in self._read(dtype, dtype, None):
+            self.kept[place] = found
+            loss += _loss(found, text)
+        perplexity = math.exp(loss / len(self.kept))
+        return {"format": dtype, "perplexity": perplexity, "kl_mean": 0.0, "kl_p99": 0.0, "top1": 1.0}
+
+    def other(self, name: str, dtype: str, quantize: str | None) -> dict:
+        """Read them again in another format, and compare."""
+        loss, same, divergences = 0.0, 0, []
+        for text, place, found in self._read(name, dtype, quantize):
+            truth = self.kept[place]
+            divergences.append((truth.exp() * (truth - found)).double().sum(-1))
+            same += (found.argmax(-1) == truth.argmax(-1)).sum().item()
+            loss += _loss(found, text)
+        divergence = torch.cat(divergences).clamp_(min=0)
+        return {
+            "format": name, "perplexity": math.exp(loss / len(divergence)), "kl_mean": divergence.mean().item(),
+            "kl_p99": divergence.quantile(0.99).item(), "top1": same / len(divergence),
+        }  # fmt: skip
+
+    def _read(self, name: str, dtype: str, quantize: str | None) -> Iterator[tuple[Text, slice, torch.Tensor]]:
+        """Each text, its rows in `kept`, and the log-probabilities of its answer's tokens."""
+        progress(f"quality: loading {name}")
+        net = load(self.model, self.device, dtype, quantize=quantize, threads=self.threads).net
+        row = 0
+        for number, text in enumerate(self.texts, start=1):
+            progress(f"quality: {name} reads answer {number} of {len(self.texts)}")
+            yield text, slice(row, row + text.predicted), log_probabilities(net, self.device, text)
+            row += text.predicted
+
+
+def _loss(found: torch.Tensor, text: Text) -> float:
+    """Summed negative log-likelihood of the answer."""
+    return -found.gather(1, torch.tensor(text.ids[text.begin :])[:, None]).double().sum().item()
+
+
+def report(found: dict) -> str:
+    """The figures for people."""
+    lines = [
+        f"{found['model']}: {found['tokens']} tokens of {found['records']} answers from {found['data']}, each "
+        f"predicted from the right tokens before it; reference {found['reference']}",
+        "",
+        f"{'format':<8}{'KL mean':>12}{'KL 99 %':>12}{'top-1 same':>12}{'perplexity':>12}",
+    ]
+    for row in found["rows"]:
+        divergence = f"{row['kl_mean']:>12.2e}{row['kl_p99']:>12.2e}"
+        lines.append(f"{row['format']:<8}{divergence}{row['top1']:>12.2%}{row['perplexity']:>12.4f}")
+    if found["data"] == "built-in sample":
+        lines += ["", "the built-in sample is small; give --data FILE for figures to decide by"]
+    return "\n".join(lines)

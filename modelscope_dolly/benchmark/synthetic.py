@@ -1,0 +1,135 @@
+"""A checkpoint of random weights in a real shape, for measurements: speed does not depend on what the weights say.
+
+It is a complete directory like any other, so that whatever reads checkpoints can be measured on the same weights. The
+tokenizer knows bytes and the control keys only; measurements work with token ids.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import manifest
+from ..errors import HardwareError, SettingError, unknown_name
+from ..export import new_directory, write_side_files
+from ..hardware import free_disk, gigabytes
+from ..neox import parameter_shapes
+from ..plan import SHAPES, shape_config
+from ..prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXConfig
+
+#: Weights are cut from one block of so many random values, at places that differ from tensor to tensor. A prime, so
+#: that the rows of a matrix never repeat.
+_BLOCK = 16_777_213
+_STRIDE = 1_048_573
+_SHARD_BYTES = 1_000_000_000
+#: As the initialisation of GPT-NeoX; it keeps activations of a deep network finite in every number type.
+_SPREAD = 0.02
+
+
+def parse_shape(text: str) -> GPTNeoXConfig:
+    """`3b`, `7b`, `12b`, or HIDDENxLAYERSxHEADS such as 1024x24x16. Raises SettingError."""
+    if text in SHAPES:
+        return shape_config(text)
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if not found:
+        raise SettingError(unknown_name("shape", text, (*SHAPES, "HIDDENxLAYERSxHEADS")))
+    hidden, layers, heads = map(int, found.groups())
+    # a head's rotary part is a quarter of its width, and goes in pairs
+    if not (0 < hidden <= 1 << 16 and 0 < layers <= 1024 and heads > 0 and hidden % (8 * heads) == 0):
+        raise SettingError(f"shape {text!r}: the hidden size must be a multiple of 8 times the heads, both at least 1")
+    config = shape_config(next(iter(SHAPES)))
+    config.hidden_size, config.num_hidden_layers, config.num_attention_heads = hidden, layers, heads
+    config.intermediate_size = 4 * hidden
+    return config
+
+
+def make_checkpoint(config: GPTNeoXConfig, target: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a complete directory of random weights, shard by shard (at most about 2 GB of memory).
+
+    Raises:
+        CheckpointError: `target` exists.
+        HardwareError: the disk is too small; said before anything is written.
+    """
+    need = sum(math.prod(shape) for shape in parameter_shapes(config).values()) * dtype.itemsize
+    if need > (free := free_disk(target)):
+        raise HardwareError(
+            f"{target}: random weights of this shape need {gigabytes(need)} of disk, {gigabytes(free)} are free; "
+            "give another place with --keep DIR, or set TMPDIR"
+        )
+    with new_directory(target) as directory:
+        config.architectures, config.dtype = ["GPTNeoXForCausalLM"], dtype
+        config.save_pretrained(directory)
+        _write_shards(directory, _tensors(config, seed, dtype))
+        tokenizer = _tokenizer()
+        tokenizer.tokenizer.save_pretrained(directory)
+        write_side_files(directory, tokenizer)
+        manifest.write(directory)
+    return target
+
+
+def _tensors(config: GPTNeoXConfig, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    shapes = parameter_shapes(config)
+    largest = max(math.prod(shape) for shape in shapes.values())
+    size = min(_BLOCK, max(largest, 1009))
+    block = torch.empty(size).normal_(0, _SPREAD, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    for number, (name, shape) in enumerate(shapes.items()):
+        if "norm" in name:
+            yield name, torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=dtype)
+            continue
+        count, begin = math.prod(shape), number * _STRIDE % size
+        parts, left = [block[begin : begin + count]], count - min(count, size - begin)
+        while left > 0:
+            parts.append(block[:left])
+            left -= size
+        yield name, torch.cat(parts).view(shape)
+
+
+def _write_shards(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    from safetensors.torch import save_file
+
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        name = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, tensor in tensors:
+        shard[name] = tensor
+        total += tensor.nbytes
+        if sum(one.nbytes for one in shard.values()) >= _SHARD_BYTES:
+            flush()
+    if shard:
+        flush()
+    table = {"metadata": {"total_size": total}, "weight_map": index}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(table), encoding="utf-8")
+
+
+def _tokenizer() -> DollyTokenizer:
+    """Bytes and control tokens; nothing was learned, so it is always the same."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    keys = [AddedToken(key, special=True, normalized=False) for key in (END_OF_TEXT, *CONTROL_KEYS)]
+    backend.add_special_tokens(keys)
+    return DollyTokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        )
+    )
