@@ -132,9 +132,9 @@ def load_network(
         net = NeoX(checkpoint.config)
     method = _packing(checkpoint, dtype, placement, _agreed(checkpoint, quantize))
     _check_memory(net, dtype, placement, method)
+    total = sum(parameter.numel() for parameter in net.parameters())
     if method:
         replace_linears(net, method)
-    total = sum(parameter.numel() for parameter in net.parameters())
     # disable=None: a bar on a terminal, nothing in a log file
     with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
         for name, tensor in read_tensors(checkpoint.tensors):

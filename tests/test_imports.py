@@ -46,7 +46,7 @@ def imports(path: Path, top_level_only: bool = False) -> set[tuple[str, str]]:
     """(top-level package or ours as `.part`, whole dotted name) of each import, those under TYPE_CHECKING left out."""
     found = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    here = path.relative_to(PACKAGE).parts[:-1]
+    here = path.relative_to(PACKAGE).parts[:-1] if path.is_relative_to(PACKAGE) else ()
 
     def visit(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
