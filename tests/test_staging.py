@@ -13,6 +13,10 @@ from layouts import copy_2023_layout, plain_hf, shard
 from modelscope_dolly import manifest
 from modelscope_dolly.check import check_directory
 from modelscope_dolly.errors import CheckpointError, SettingError
+from modelscope_dolly.evaluation import store
+from modelscope_dolly.evaluation.store import RunIdentity
+from modelscope_dolly.evaluation.subject import digest
+from modelscope_dolly.weights import weight_files
 from train import staging
 from train.revision import Destination
 from train.staging import listing, stage
@@ -172,3 +176,20 @@ def test_a_place_that_cannot_be_written_is_one_line(final, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingError, match=r"cannot be written.*--staging names another place"):
         stage(final, TO, parent=tmp_path / "file")
+
+
+def test_only_an_evaluation_of_these_very_files_gets_into_the_card(final, tmp_path):
+    settings = {"dtype": "float32", "softmax_dtype": "float32", "device": "cpu", "scorer": "shared", "batch_size": "8"}
+    settings |= {"limit": None, "template": "none", "versions": {"lm_eval": "0.4.13"}}
+    right = {"acc": 1500, "acc_norm": 1500}
+
+    def results(sha256: str, name: str) -> None:
+        run = RunIdentity(name, None, sha256, **settings)
+        store.write(tmp_path / "eval", store.TaskResult("piqa", run, "d" * 64, "1.0", 1838, right, True), [])
+
+    results("ab" * 32, "another")
+    with pytest.raises(SettingError, match=r"holds results of another \(abababababab\), none of the files that are"):
+        stage(final, TO, evaluation=tmp_path / "eval")
+    results(digest(final, weight_files(final)), "final")
+    card = (stage(final, TO, evaluation=tmp_path / "eval").directory / "README.md").read_text()
+    assert "| me/tiny | n/a |" in card and "| another |" not in card and "| final |" not in card

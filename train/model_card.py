@@ -48,6 +48,7 @@ def write_card(
     run: Path | None = None,
     evaluation: Path | None = None,
     license: str | None = None,
+    evaluated: str | None = None,
 ) -> None:
     """Write README.md, and loss.png where the run has losses, into a directory that is about to be published.
 
@@ -60,14 +61,16 @@ def write_card(
         run: directory of the run, with run.json and metrics.jsonl.
         evaluation: what `dolly eval --output` wrote.
         license: of the result, as the hubs spell it; left out where nobody gave one.
+        evaluated: digest of the files that the evaluation must be of; None: not known, all of its rows are shown.
 
     Raises:
         CheckpointError: run.json, metrics.jsonl or config.json cannot be read.
+        SettingError: no evaluation of these files is there.
     """
     directory = Path(directory)
     record = read_record(run)
     picture = bool(record.steps) and run is not None and copy_picture(Path(run), directory)
-    measured = evaluation_section(Path(evaluation)) if evaluation else ""
+    measured = evaluation_section(Path(evaluation), evaluated, model_id) if evaluation else ""
     parts = [f"---\n{head(record, license)}---", heading(1, title(model_id)), "[English](#english) | [中文](#中文)"]
     for name, say in (("English", lambda english, _: english), ("中文", lambda _, chinese: chinese)):
         parts += [heading(2, name), introduction(say, directory), sample(say, model_id, revision)]
@@ -84,11 +87,12 @@ def copy_picture(run: Path, directory: Path) -> bool:
     return True
 
 
-def evaluation_section(evaluation: Path) -> str:
+def evaluation_section(evaluation: Path, evaluated: str | None, model_id: str) -> str:
     """The table that `dolly eval` left, beside the published rows. Raises SettingError: it left none there."""
     from modelscope_dolly.evaluation.results import markdown_table
 
-    return markdown_table(evaluation).strip().replace("<", "&lt;")  # names of models stand in it as they are
+    table = markdown_table(evaluation, evaluated, model_id if evaluated else None)
+    return table.strip().replace("<", "&lt;")  # names of models stand in it as they are
 
 
 def head(record: Record, license: str | None) -> str:

@@ -18,7 +18,9 @@ from modelscope_dolly import manifest
 from modelscope_dolly.check import check_directory
 from modelscope_dolly.checkpoint import open_checkpoint
 from modelscope_dolly.errors import CheckpointError, SettingError, one_line
+from modelscope_dolly.evaluation.subject import digest
 from modelscope_dolly.export import new_directory, write_side_files
+from modelscope_dolly.weights import weight_files
 
 from .model_card import write_card
 from .revision import Destination
@@ -65,7 +67,7 @@ def stage(
         source: a directory with config.json, tokenizer.json and safetensors files.
         to: where it goes; the card tells it.
         run: directory with run.json and metrics.jsonl (default: the parent of `source`, if it has a run.json).
-        evaluation: a directory of `dolly eval` results.
+        evaluation: a directory of `dolly eval` results of `source`.
         parent: where to make it (default: beside `source`, where hard links are possible).
 
     Raises:
@@ -89,7 +91,10 @@ def stage(
                 shutil.copyfile(inside(source, name), directory / name)
         checkpoint.tokenizer.tokenizer.save_pretrained(directory)
         write_side_files(directory, checkpoint.tokenizer)
-        write_card(directory, to.model_id, to.revision, run=run, evaluation=evaluation, license=to.license)
+        about = {"run": run, "evaluation": evaluation, "license": to.license}
+        if evaluation:
+            about["evaluated"] = digest(source, weight_files(source))
+        write_card(directory, to.model_id, to.revision, **about)
         _check_names(directory)
         manifest.write(directory)
         compare_with_source(source, directory, weights)

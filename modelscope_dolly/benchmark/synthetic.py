@@ -6,7 +6,6 @@ tokenizer knows bytes and the control keys only; measurements work with token id
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from ..hardware import free_disk, gigabytes
 from ..neox import parameter_shapes
 from ..plan import SHAPES, shape_config
 from ..prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
+from ..weights import write_tensors
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 #: that the rows of a matrix never repeat.
 _BLOCK = 16_777_213
 _STRIDE = 1_048_573
-_SHARD_BYTES = 1_000_000_000
 #: As the initialisation of GPT-NeoX; it keeps activations of a deep network finite in every number type.
 _SPREAD = 0.02
 
@@ -68,7 +67,7 @@ def make_checkpoint(config: GPTNeoXConfig, target: Path, seed: int = 0, dtype: t
     with new_directory(target) as directory:
         config.architectures, config.dtype = ["GPTNeoXForCausalLM"], dtype
         config.save_pretrained(directory)
-        _write_shards(directory, _tensors(config, seed, dtype))
+        write_tensors(directory, _tensors(config, seed, dtype))
         tokenizer = _tokenizer()
         tokenizer.tokenizer.save_pretrained(directory)
         write_side_files(directory, tokenizer)
@@ -91,30 +90,6 @@ def _tensors(config: GPTNeoXConfig, seed: int, dtype: torch.dtype) -> Iterator[t
             parts.append(block[:left])
             left -= size
         yield name, torch.cat(parts).view(shape)
-
-
-def _write_shards(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    from safetensors.torch import save_file
-
-    index: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        name = f"model-{len(set(index.values())) + 1:05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, name))
-        shard.clear()
-
-    for name, tensor in tensors:
-        shard[name] = tensor
-        total += tensor.nbytes
-        if sum(one.nbytes for one in shard.values()) >= _SHARD_BYTES:
-            flush()
-    if shard:
-        flush()
-    table = {"metadata": {"total_size": total}, "weight_map": index}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(table), encoding="utf-8")
 
 
 def _tokenizer() -> DollyTokenizer:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import SettingError
@@ -67,15 +68,28 @@ def _markdown(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def markdown_table(directory: str | Path) -> str:
+def markdown_table(directory: str | Path, files_sha256: str | None = None, name: str | None = None) -> str:
     """Markdown for a model card: measured rows of a directory of `dolly eval` beside the published ones.
 
+    Args:
+        directory: its output.
+        files_sha256: digest of the one model whose rows are wanted (subject.digest); None: all rows.
+        name: what to call these rows.
+
     Raises:
-        SettingError: the directory holds no results.
+        SettingError: the directory holds no results, or none of these files.
     """
-    measured = measured_rows(Path(directory))
-    if not measured:
+    found = [list(tasks.values()) for tasks in store.runs(Path(directory))]
+    if not found:
         raise SettingError(f"{directory}: holds no results; dolly eval MODEL --output {directory} makes some")
+    mine = [tasks for tasks in found if files_sha256 in (None, tasks[0].run.files_sha256)]
+    if not mine:
+        others = sorted({f"{tasks[0].run.model} ({tasks[0].run.files_sha256[:12]})" for tasks in found})
+        raise SettingError(
+            f"{directory}: holds results of {', '.join(others)}, none of the files that are published "
+            f"({str(files_sha256)[:12]}); run dolly eval on this very checkpoint"
+        )
+    measured = [replace(row, name=name or row.name) for row in map(row_from, mine)]
     notes = details(table_rows(measured))
     notes.append("Rows marked (card) are the published ones. Zero-shot; acc_norm, but acc for winogrande and boolq.")
     return "\n\n".join([_markdown(table_rows(measured)), *notes]) + "\n"

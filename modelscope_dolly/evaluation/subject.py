@@ -77,7 +77,7 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
     is_directory = Path(model).expanduser().is_dir()
     name = path.resolve().name if is_directory else model
     hub_revision = None if is_directory else revision or DEFAULT_REVISION
-    return Subject(name, hub_revision, path, _digest(path, files), config, where, number)
+    return Subject(name, hub_revision, path, digest(path, files), config, where, number)
 
 
 def _config(path: Path) -> PretrainedConfig:
@@ -110,8 +110,16 @@ def _count_parameters(path: Path, config: PretrainedConfig) -> int:
     return model.num_parameters()
 
 
-def _digest(path: Path, files: list[Path]) -> str:
-    """Of all files that determine the scores; with a manifest, they must be those it lists."""
+def digest(path: Path, files: list[Path]) -> str:
+    """Of all files that determine the scores; with a manifest, they must be those it lists.
+
+    Args:
+        path: a model's directory.
+        files: its weights.
+
+    Raises:
+        CheckpointError: a file is not the one the manifest lists.
+    """
     names = [file.name for file in files] + [name for name in _SIDE_FILES if (path / name).is_file()]
     listed = manifest.read(path)
     if wrong := manifest.problems(path, names):
