@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .benchmark.options import add_options as add_bench_options
@@ -28,10 +28,17 @@ if TYPE_CHECKING:
 MODEL_VARIABLE = "DOLLY_MODEL"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as all others are told, and not after a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"dolly: {message}; {self.prog} --help lists what there is\n")
+
+
 def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
     """The parser of all commands, on top of `parser` where another program provides one."""
-    parser = parser or argparse.ArgumentParser(prog="dolly", description="dolly-v2, an instruction-following model.")
-    commands = parser.add_subparsers(dest="dolly_command", metavar="COMMAND", required=True)
+    parser = parser or _Parser(prog="dolly", description="dolly-v2, an instruction-following model.")
+    commands = parser.add_subparsers(dest="dolly_command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     ask = _command(commands, "ask", run_ask, "answer one instruction; the answer is printed as it is made")
     ask.add_argument("instruction", help="the instruction; - reads it from standard input")

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from modelscope_dolly import cli
+
 DOLLY = [sys.executable, "-m", "modelscope_dolly.cli"]
 
 
@@ -149,3 +151,11 @@ def test_help_and_version_need_no_model_and_no_torch():
         assert command in done.stdout
     assert " torch" not in done.stderr
     assert dolly("--version").stdout.startswith("modelscope-dolly ")
+
+
+@pytest.mark.parametrize("command", ["", "frob", "ask", "ask hi --modle x", "eval x --limit a"])
+def test_a_mistake_in_the_command_line_is_one_line(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command.split())
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith("dolly: ") and told.count("\n") == 1
