@@ -62,11 +62,6 @@ def pack(words: torch.Tensor) -> torch.Tensor:
     return padded.view(-1, 16, width).transpose(1, 2).contiguous()
 
 
-def unpack(packed: torch.Tensor, rows: int) -> torch.Tensor:
-    """The inverse of pack: [N, W]."""
-    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:rows]
-
-
 def linear(
     kind: int,
     x: torch.Tensor,

@@ -301,6 +301,13 @@ def test_data_that_is_no_record_is_named_with_its_line(tmp_path):
         lookup.read_texts(str(file))
 
 
+def test_a_line_separator_inside_a_text_ends_no_record(tmp_path):
+    record = {"instruction": "a\u2028b", "response": "c"}
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert lookup.read_texts(str(file)) == [record]
+
+
 def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path):
     terminal, theirs = pty.openpty()
     command = [*DOLLY, "bench", "--shape", TINY, "--dtype", "fp32", "--cold"]

@@ -59,7 +59,7 @@ def read_texts(file: str) -> list[dict]:
     """Records with instruction, response and perhaps context. Raises SettingError with the line."""
     texts = []
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")  # a text may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"--data {file}: cannot be read ({type(error).__name__})") from None
     for number, line in enumerate(lines, start=1):

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import manifest
 from ..errors import HardwareError, SettingError, unknown_name
-from ..export import new_directory, write_side_files
+from ..export import new_directory, seal_directory, write_side_files
 from ..hardware import free_disk, gigabytes
 from ..neox import parameter_shapes
 from ..plan import SHAPES, shape_config
@@ -71,7 +70,7 @@ def make_checkpoint(config: GPTNeoXConfig, target: Path, seed: int = 0, dtype: t
         tokenizer = _tokenizer()
         tokenizer.tokenizer.save_pretrained(directory)
         write_side_files(directory, tokenizer)
-        manifest.write(directory)
+        seal_directory(directory)
     return target
 
 
