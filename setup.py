@@ -21,13 +21,16 @@ RUN = [
 TRAIN = ["deepspeed>=0.18", "peft>=0.17", "tensorboard>=2.16", "matplotlib>=3.8", "PyYAML>=6"]
 EVAL = ["lm_eval[hf]>=0.4.13,<0.5", "datasets>=3", "matplotlib>=3.8", "numpy>=1.26"]
 DEV = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.14", "markdown-it-py>=3", "setuptools>=64", "wheel"]
+# Runs the GPU kernels on a CPU, and compiles them where there is no GPU; torch for CUDA brings it along.
+DEV += ['triton>=3.5; platform_system == "Linux"']
 
 # Optional: without a compiler the package installs all the same and computes with torch. It is no Python module but a
 # plain library (modelscope_dolly/kernels.py loads it), so it serves every Python version it is built beside.
 KERNELS = Extension(
     "modelscope_dolly._kernels",
-    ["modelscope_dolly/kernels.c"],
-    extra_compile_args=["-O3", "-fopenmp"],
+    ["modelscope_dolly/kernels.c", "modelscope_dolly/attention.c"],
+    depends=[f"modelscope_dolly/{name}.h" for name in ("kernels", "vector", "attention_level")],
+    extra_compile_args=["-O3", "-g0", "-fopenmp"],
     extra_link_args=["-fopenmp"],
     optional=True,
 )
@@ -42,7 +45,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=["modelscope_dolly", "modelscope_dolly.benchmark", "modelscope_dolly.evaluation"],
-    package_data={"modelscope_dolly": ["configuration.json", "kernels.c"]},
+    package_data={"modelscope_dolly": ["configuration.json", "*.c", "*.h"]},
     ext_modules=[KERNELS],
     install_requires=RUN,
     extras_require={"train": TRAIN, "eval": EVAL, "dev": DEV},

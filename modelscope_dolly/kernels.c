@@ -18,31 +18,22 @@
      bf16  2 inputs per word
    Scales: int8 float [N]; int4 float16 [N/16][K/128][16], one for each 128 inputs of an output. */
 
-#include <stdint.h>
+#include "kernels.h"
 
-enum { INT8, INT4, BF16 };               /* kinds of weights */
-enum { LEVEL_NONE, LEVEL_AVX2, LEVEL_AVX512 }; /* instruction sets */
+enum { INT8, INT4, BF16 };  /* kinds of weights */
+enum { NOTHING, GELU };     /* what is done to an output before it is stored */
 
 #if defined(__x86_64__) && defined(__GNUC__)
-
-#include <immintrin.h>
-#include <omp.h>
-#include <stdlib.h>
-#include <string.h>
 
 #define GROUP 128              /* inputs that share one scale in int4 */
 #define CHUNK_BYTES (2 << 20)  /* rows worked on between two readings of the weights: what a core's caches hold */
 #define AHEAD 2048             /* bytes to fetch ahead in each stream of weights */
 #define SMALLEST 1e-30f        /* a row without a larger value counts as zero: 127 / max would overflow */
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
 /* One call of dolly_linear. */
 typedef struct {
     int kind, bf16;         /* kind of weights; whether x and out are bfloat16, otherwise float */
+    int activation;
     int64_t m, n, k;        /* k without padding */
     const void *x;          /* [M][K] */
     const uint32_t *weights;
@@ -71,18 +62,11 @@ static Panel panel_of(int64_t m, int64_t panels, int64_t index) {
     return panel;
 }
 
-INLINE float widen(uint16_t bits) {
-    uint32_t word = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
-INLINE float value_at(const void *x, int bf16, int64_t index) {
-    return bf16 ? widen(((const uint16_t *)x)[index]) : ((const float *)x)[index];
-}
-
 /* ---------------------------------------------------------------- AVX-512 with VNNI */
+
+#define LANES 16
+#include "vector.h"
+#undef LANES
 
 INLINE AVX512 __m512 load_512(const void *x, int bf16, int64_t index, __mmask16 mask) {
     if (!bf16) return _mm512_maskz_loadu_ps(mask, (const float *)x + index);
@@ -98,6 +82,7 @@ INLINE AVX512 void store_512(void *out, int bf16, int64_t index, __mmask16 mask,
     __m512i bits = _mm512_castps_si512(value); /* to the nearest, ties to even */
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    bits = _mm512_mask_set1_epi32(bits, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), 0x7fc0);
     _mm256_mask_storeu_epi16((uint16_t *)out + index, mask, _mm512_cvtepi32_epi16(bits));
 }
 
@@ -151,7 +136,9 @@ static AVX512 __attribute__((noinline)) void finish_512(const Call *c, Panel p, 
             }
             if (c->kind != BF16) value = _mm512_mul_ps(value, _mm512_set1_ps(c->factors[row]));
             __m512 bias = c->bias ? _mm512_maskz_loadu_ps(mask, c->bias + n) : _mm512_setzero_ps();
-            store_512(c->out, c->bf16, row * c->n + n, mask, _mm512_fmadd_ps(value, scale, bias));
+            value = _mm512_fmadd_ps(value, scale, bias);
+            if (c->activation == GELU) value = gelu_512(value);
+            store_512(c->out, c->bf16, row * c->n + n, mask, value);
         }
     }
 }
@@ -275,6 +262,10 @@ BAND_512(bf16)
 
 /* ---------------------------------------------------------------- AVX2 */
 
+#define LANES 8
+#include "vector.h"
+#undef LANES
+
 INLINE AVX2 __m256 load_256(const void *x, int bf16, int64_t index, int64_t count) {
     float values[8] = {0};
     if (count >= 8 && !bf16) return _mm256_loadu_ps((const float *)x + index);
@@ -336,16 +327,9 @@ static AVX2 __attribute__((noinline)) void finish_256(const Call *c, Panel p, in
             }
             if (c->kind != BF16) value = _mm256_mul_ps(value, _mm256_set1_ps(c->factors[row]));
             __m256 bias = c->bias ? load_256(c->bias, 0, n, count) : _mm256_setzero_ps();
-            float values[8];
-            _mm256_storeu_ps(values, _mm256_fmadd_ps(value, scale, bias));
-            for (int64_t j = 0; j < 8 && j < count; j++) {
-                uint32_t bits;
-                memcpy(&bits, &values[j], 4);
-                if (c->bf16)
-                    ((uint16_t *)c->out)[row * c->n + n + j] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-                else
-                    ((float *)c->out)[row * c->n + n + j] = values[j];
-            }
+            value = _mm256_fmadd_ps(value, scale, bias);
+            if (c->activation == GELU) value = gelu_256(value);
+            for (int64_t j = 0; j < 8 && j < count; j++) put_at(c->out, c->bf16, row * c->n + n + j, value[j]);
         }
     }
 }
@@ -505,9 +489,9 @@ static void work(const Call *c, int level) {
 }
 
 /* Returns 0, or 1 when there is no memory for the quantised rows. level: at most dolly_level(). */
-int dolly_linear(int level, int kind, int bf16, int64_t m, int64_t n, int64_t k, const void *x,
+int dolly_linear(int level, int kind, int bf16, int activation, int64_t m, int64_t n, int64_t k, const void *x,
                  const uint32_t *weights, const void *scales, const float *bias, void *out, int threads) {
-    Call c = {.kind = kind, .bf16 = bf16, .m = m, .n = n, .k = k, .x = x, .weights = weights, .scales = scales,
+    Call c = {.kind = kind, .bf16 = bf16, .activation = activation, .m = m, .n = n, .k = k, .x = x, .weights = weights, .scales = scales,
               .bias = bias, .out = out};
     c.groups = kind == INT4 ? (k + GROUP - 1) / GROUP : 1;
     c.words = kind == INT4 ? c.groups * (GROUP / 8) : (k + INPUTS_PER_WORD[kind] - 1) / INPUTS_PER_WORD[kind];

@@ -1,4 +1,5 @@
-"""Linear layers with packed weights, computed by the compiled library beside this file (kernels.c), where there is one.
+"""Linear layers with packed weights (kernels.c) and attention over the key/value cache (attention.c), computed by the
+compiled library beside this file, where there is one.
 
 The library is built by setup.py if a compiler is there. It picks AVX-512 VNNI or AVX2 when it runs, and has nothing
 for other processors: `level()` is then 0 and callers compute with torch. It runs on torch's own OpenMP threads, so
@@ -15,11 +16,14 @@ import torch
 
 #: Kinds of weights and inputs that share a 32-bit word of the packed layout.
 INT8, INT4, BF16 = range(3)
+#: What `linear` may do to its outputs.
+ACTIVATIONS = (None, "gelu")
 _PER_WORD = {INT8: 4, INT4: 8, BF16: 2}
 #: Inputs of one output that share a scale in int4.
 GROUP = 128
 #: Sums of products of two 8-bit numbers fit 32 bits up to here.
 LARGEST_K = 1 << 16
+_FLOATS = (torch.float32, torch.bfloat16)
 _LEVELS = ("none", "AVX2", "AVX-512 VNNI")
 
 
@@ -32,7 +36,8 @@ def _library() -> ctypes.CDLL | None:
             library.dolly_level.restype = ctypes.c_int
             if library.dolly_level() > 0:
                 number, place = ctypes.c_int64, ctypes.c_void_p
-                library.dolly_linear.argtypes = [*[ctypes.c_int] * 3, *[number] * 3, *[place] * 5, ctypes.c_int]
+                library.dolly_linear.argtypes = [*[ctypes.c_int] * 4, *[number] * 3, *[place] * 5, ctypes.c_int]
+                library.dolly_attend.argtypes = [*[ctypes.c_int] * 3, *[number] * 6, *[place] * 8, ctypes.c_int]
                 library.dolly_quantise.argtypes = [
                     *[ctypes.c_int] * 2, *[number] * 2, place, number, *[place] * 2, ctypes.c_int
                 ]  # fmt: skip
@@ -49,7 +54,7 @@ def level() -> int:
 
 
 def describe() -> str:
-    """What computes packed linear layers here, for logs and reports."""
+    """What computes packed linear layers and the attention of decode steps on this CPU, for the log."""
     return f"own kernels ({_LEVELS[level()]})" if level() else "torch (no compiled kernels for this machine)"
 
 
@@ -69,6 +74,7 @@ def linear(
     scales: torch.Tensor | None,
     bias: torch.Tensor | None,
     outputs: int,
+    activation: str | None = None,
     at_level: int | None = None,
 ) -> torch.Tensor:
     """x [M, K] @ weights.T + bias -> [M, outputs], in the number type of x.
@@ -80,6 +86,7 @@ def linear(
         scales: float32 [N] for INT8, float16 [N/16, K/128, 16] for INT4, None for BF16.
         bias: float32 [N] or None.
         outputs: N.
+        activation: None, or "gelu": the exact GELU of the sum, before it is rounded to the number type of x.
         at_level: an instruction set below the best one, for tests.
     """
     rows, inputs = x.shape
@@ -87,7 +94,8 @@ def linear(
     x = x.contiguous()
     out = torch.empty(rows, outputs, dtype=x.dtype)
     failed = _library().dolly_linear(
-        min(level(), at_level or level()), kind, x.dtype == torch.bfloat16, rows, outputs, inputs,
+        min(level(), at_level or level()), kind, x.dtype == torch.bfloat16,
+        ACTIVATIONS.index(activation), rows, outputs, inputs,
         x.data_ptr(), weights.data_ptr(), scales.data_ptr() if scales is not None else None,
         bias.data_ptr() if bias is not None else None, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -100,7 +108,7 @@ def _fits(kind, x, inputs, outputs, weights, scales, bias) -> None:
     """The library reads raw memory: nothing of the wrong size or type may reach it."""
     words = -(-inputs // GROUP) * (GROUP // 8) if kind == INT4 else -(-inputs // _PER_WORD[kind])
     blocks = -(-outputs // 16)
-    sound = x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
+    sound = x.dtype in _FLOATS and x.device.type == "cpu"
     sound &= weights.dtype == torch.int32 and weights.shape == (blocks, words, 16) and weights.is_contiguous()
     if kind == INT8:
         sound &= scales.dtype == torch.float32 and scales.shape == (outputs,) and scales.is_contiguous()
@@ -126,7 +134,7 @@ def quantise_rows(x: torch.Tensor, panel: int = 1) -> tuple[torch.Tensor, torch.
     shape = (rows, words * 4) if panel == 1 else (-(-rows // panel), words, panel, 4)
     q = torch.zeros(shape, dtype=torch.int8) if rows % panel else torch.empty(shape, dtype=torch.int8)
     factors = torch.empty(rows, dtype=torch.float32)
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in _FLOATS:
         x = x.float()
     x = x.contiguous()
     _library().dolly_quantise(
@@ -134,3 +142,67 @@ def quantise_rows(x: torch.Tensor, panel: int = 1) -> tuple[torch.Tensor, torch.
         torch.get_num_threads(),
     )  # fmt: skip
     return q, factors
+
+
+def attends(device: torch.device, dtype: torch.dtype, width: int, rotated: int) -> bool:
+    """Whether `attend` computes heads of `width` values, the first `rotated` of them rotated."""
+    return device.type == "cpu" and dtype in _FLOATS and width % 16 == 0 and rotated % 2 == 0 and level() > 0
+
+
+def attend(
+    mixed: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    at_level: int | None = None,
+) -> torch.Tensor:
+    """Rotate queries and keys, write keys and values into the cache, and look at each token's places 0 .. position.
+
+    Args:
+        mixed: [N, H, 3, D] query, key and value of N tokens, float32 or bfloat16; see `attends`.
+        cos, sin: float32 [N, ..., R], as neox.Rotary gives them.
+        slots, positions: int64 [N]; no two tokens have the same place. The earlier places of a slot are in the cache.
+        keys, values: [B, H, length, D] the cache, float32 or bfloat16; written.
+        at_level: an instruction set below the best one, for tests.
+
+    Returns:
+        [N, H * D] in the number type of `mixed`.
+
+    Raises:
+        IndexError: a slot or position is outside the cache; nothing was written.
+    """
+    tokens, heads, _, width = mixed.shape
+    _fit_attention(mixed, cos, sin, slots, positions, keys, values)
+    out = torch.empty(tokens, heads * width, dtype=mixed.dtype)
+    failed = _library().dolly_attend(
+        min(level(), at_level or level()), mixed.dtype == torch.bfloat16, keys.dtype == torch.bfloat16,
+        tokens, heads, width, cos.shape[-1], keys.shape[0], keys.shape[2],
+        *(tensor.data_ptr() for tensor in (mixed, cos, sin, slots, positions, keys, values, out)),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed == 2:
+        raise IndexError(f"a token lies outside a cache of {keys.shape[0]} slots of {keys.shape[2]} places")
+    if failed:
+        raise MemoryError(f"no memory for the scores of {tokens} tokens")
+    return out
+
+
+def _fit_attention(mixed, cos, sin, slots, positions, keys, values) -> None:
+    """As _fits."""
+    tokens, heads, _, width = mixed.shape
+    turned, length = cos.shape[-1], keys.shape[2]
+    sound = attends(mixed.device, mixed.dtype, width, turned) and mixed.shape[2] == 3 and turned <= width
+    sound &= all(table.dtype == torch.float32 and table.numel() == tokens * turned for table in (cos, sin))
+    sound &= all(places.dtype == torch.int64 and places.shape == (tokens,) for places in (slots, positions))
+    sound &= keys.dtype in _FLOATS and keys.dtype == values.dtype and keys.shape == values.shape
+    sound &= keys.shape == (keys.shape[0], heads, length, width)
+    tensors = (mixed, cos, sin, slots, positions, keys, values)
+    if not sound or not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
+        raise ValueError(
+            f"attention of {tokens} tokens with {heads} heads of {width}: mixed {mixed.dtype} {list(mixed.shape)} on "
+            f"{mixed.device}, cache {keys.dtype} {list(keys.shape)}, {values.dtype} {list(values.shape)}, "
+            f"{list(slots.shape)} slots and {list(positions.shape)} positions do not fit each other"
+        )

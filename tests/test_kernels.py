@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -10,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import our_network, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_quantize import logits, packed, prompts
 
 from modelscope_dolly import kernels
 from modelscope_dolly.quantize import (
@@ -43,8 +46,8 @@ def layer(kind: type[PackedLinear], weight: torch.Tensor, bias: torch.Tensor | N
     return made
 
 
-def run(made: PackedLinear, x: torch.Tensor, level: int) -> torch.Tensor:
-    return kernels.linear(made.kind, x, made.weight, made.scales, made.bias, made.out_features, at_level=level)
+def run(made: PackedLinear, x: torch.Tensor, level: int, activation: str | None = None) -> torch.Tensor:
+    return kernels.linear(made.kind, x, made.weight, made.scales, made.bias, made.out_features, activation, level)
 
 
 def reference(kind: type[PackedLinear], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -153,6 +156,65 @@ def test_ties_are_rounded_to_even_in_bfloat16(level):
     bias = 1 + torch.arange(1, 64, 2) / 256  # each halfway between two neighbours
     made = layer(BF16Linear, torch.zeros(32, 8), bias)
     assert torch.equal(run(made, torch.zeros(1, 8).bfloat16(), level)[0], bias.bfloat16())
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x times the normal distribution, in float64, also where 1 + erf would lose its digits."""
+    return x * torch.special.erfc(-x / math.sqrt(2)) / 2
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_gelu_is_exact_to_a_few_units_of_the_last_place(level):
+    x = torch.cat([torch.linspace(-14, 14, 400_001), torch.logspace(-30, 30, 5_000), -torch.logspace(-30, 30, 5_000)])
+    made = layer(BF16Linear, torch.zeros(len(x), 2), x)  # outputs are the bias
+    found, expected = run(made, torch.zeros(1, 2), level, "gelu")[0].double(), gelu(x.double())
+    error = (found - expected).abs()
+    assert (error <= 5e-7 * expected.abs() + 1e-36).all()
+    for place in range(0, len(x), 4_321):  # the definition itself, by another erf
+        value = x[place].item()
+        assert abs(found[place].item() - value * (1 + math.erf(value / math.sqrt(2))) / 2) <= 5e-7 * max(1, abs(value))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 3, 8, 30])
+def test_gelu_of_a_layer(kind, rows, level):
+    x, weight, bias = random(rows, 260), random(75, 260, seed=1) / 8, random(75, seed=2)
+    made = layer(kind, weight, bias)
+    out = run(made, x, level, "gelu")
+    assert_close(out, gelu(reference(kind, x, weight, bias)))
+    assert_close(out, torch.nn.functional.gelu(run(made, x, level)).double())
+    assert torch.equal(out, run(made, x, kernels.level(), "gelu"))
+    half = x.bfloat16()
+    assert torch.equal(run(made, half, level, "gelu"), run(made, half.float(), level, "gelu").bfloat16())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_nan_of_any_bits_stays_one_in_bfloat16(level):
+    made = layer(BF16Linear, torch.zeros(3, 2), torch.zeros(3))
+    made.bias.view(torch.int32)[1] = 0x7FFFFFFF
+    assert run(made, torch.zeros(1, 2).bfloat16(), level)[0].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_gelu_hides_nothing_that_is_not_finite(level):
+    made = layer(BF16Linear, torch.zeros(3, 2), torch.tensor([float("nan"), float("inf"), -float("inf")]))
+    assert not run(made, torch.zeros(1, 2), level, "gelu").isfinite().any()
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError):
+        run(layer(Int8Linear, random(20, 64), None), random(1, 64), kernels.level(), "relu")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+def test_a_network_takes_its_own_activation(activation):
+    """Packed and not packed: GELU in the layer, others by torch."""
+    net = our_network(random_model(hidden_act=activation))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(parameter.bfloat16())
+    torch.testing.assert_close(logits(packed(net, "bf16"), prompts()), logits(net, prompts()), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -47,7 +47,7 @@ def wheel_names(tmp_path_factory) -> list[str]:
 
 def test_wheel_holds_the_plugin_its_data_and_its_licence(wheel_names):
     for path in (ROOT / "modelscope_dolly").iterdir():
-        if path.suffix in (".py", ".json", ".c"):
+        if path.suffix in (".py", ".json", ".c", ".h"):
             assert f"modelscope_dolly/{path.name}" in wheel_names
     assert any(name.endswith("LICENSE") for name in wheel_names)
 
