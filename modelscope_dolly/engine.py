@@ -9,7 +9,8 @@ How it works
 4. A step may verify guesses: a slot's newest token and the tokens guessed to follow it go through the network together,
    the answer's own sampler draws from each row of logits as ever, and the step ends at the first token that is not the
    one guessed. Keys and values of wrong guesses are overwritten by the next step.
-5. The state of a run belongs to that run. Concurrent runs share only the weights, which nothing writes.
+5. On one CUDA device, steps without guesses are recorded and several run before the host looks: see decode.py.
+6. The state of a run belongs to that run. Concurrent runs share only the weights, which nothing writes.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
+from .decode import CACHE_STEP, Decoder, Recordings, burst, not_finite
 from .draft import Draft, Drafted, DraftRun
 from .errors import HardwareError, PromptError
 from .guess import Guesser, PassCost
@@ -106,16 +109,23 @@ class _Active:
         """Tokens that may still be made."""
         return self.request.max_new_tokens - (len(self.ids) - len(self.request.ids))
 
-    def take(self, rows: torch.Tensor, guesses: Sequence[int]) -> Iterator[Token]:
-        """Draw from rows [1 + guesses, V] until a token is not the one guessed or ends the answer."""
-        for row, guess in zip(rows, (*guesses, None), strict=True):
-            token = self._draw(row)
+    def take(self, made: torch.Tensor | list[int], guesses: Sequence[int]) -> Iterator[Token]:
+        """The next tokens, from logits [1 + guesses, V] until one is not as guessed, or drawn on the device already."""
+        if isinstance(made, list):
+            for id in made:
+                self.sampler.drew(id)
+                token = self._add(id)
+                yield token
+                if token.finish_reason:
+                    return
+            return
+        for row, guess in zip(made, (*guesses, None), strict=True):
+            token = self._add(self.sampler.next(row))
             yield token
             if token.finish_reason or token.id != guess:
                 return
 
-    def _draw(self, logits: torch.Tensor) -> Token:
-        token = self.sampler.next(logits)
+    def _add(self, token: int) -> Token:
         self.ids.append(token)
         reason = "length" if self.room < 1 else None
         if token in self.request.stop_ids or (self.request.watch and self.request.watch(token)):
@@ -135,6 +145,7 @@ class Engine:
         window: positions the network was trained for (2048).
         draft: a smaller network that guesses for this one, if there is one.
         cost: what passes take, as measured; decides how many guesses one verifies.
+        decoder: recorded steps, for a network that lies on one CUDA device.
     """
 
     net: NeoX
@@ -142,6 +153,7 @@ class Engine:
     window: int
     draft: Draft | None = None
     cost: PassCost = field(default_factory=PassCost)
+    decoder: Decoder | None = None
     # One pass at a time: threads take turns instead of fighting for the same cores or the same stream, and
     # accelerate's hooks, which swap weights of an offloaded layer in and out, are not thread-safe.
     _pass: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -164,33 +176,46 @@ class Engine:
             self._check(request)
         if not requests:
             return
-        stats = stats if stats is not None else RunStats()
         slots = max(1, min(slots, len(requests)))
         longest = max(len(request.ids) + request.max_new_tokens for request in requests)
-        length = min(self.window, -(-longest // _CACHE_STEP) * _CACHE_STEP)
-        cache = KVCache(slots, length)
+        step = CACHE_STEP if self.decoder else _CACHE_STEP
+        with self._cache(slots, min(self.window, -(-longest // step) * step)) as (cache, recordings):
+            yield from self._run(requests, slots, cache, recordings, stats if stats is not None else RunStats())
+
+    @contextmanager
+    def _cache(self, slots: int, length: int) -> Iterator[tuple[KVCache, Recordings | None]]:
+        """Keys and values of a run, and the recorded steps that work on them."""
+        if self.decoder is None:
+            yield KVCache(slots, length), None
+            return
+        with self.decoder.recordings(slots, length) as recordings:
+            yield recordings.cache, recordings
+
+    def _run(
+        self, requests: list[Request], slots: int, cache: KVCache, recordings: Recordings | None, stats: RunStats
+    ) -> Iterator[Token]:
         guessing = Guessing(self.net, self.cost, stats)
         if self.draft is not None:
-            guessing.draft = DraftRun(self.draft, self._forward, KVCache(slots, length), PREFILL_TOKENS)
+            guessing.draft = DraftRun(self.draft, self._forward, KVCache(slots, cache.length), PREFILL_TOKENS)
         waiting = deque(enumerate(requests))
         active: list[_Active] = []  # active[i] holds slot i
         while waiting or active:
             fresh = self._admit(waiting, slots - len(active))
             begin = len(active) if fresh else 0
             if fresh:
-                rows, guesses = self._prefill(fresh, begin, cache), [[] for _ in fresh]
+                guesses, made = [[] for _ in fresh], self._prefill(fresh, begin, cache).split(1)
                 active.extend(fresh)
                 stats.prefill_passes += 1
                 stats.prefill_tokens += sum(len(one.request.ids) for one in fresh)
             else:
                 guesses = guessing.guess(active)
-                rows = self._decode(active, guesses, cache)
-                stats.decode_steps += 1
+                made, steps = self._decode(active, guesses, cache, recordings)
+                stats.decode_steps += steps
             ended: list[int] = []
-            for place, logits in enumerate(rows.split([1 + len(ids) for ids in guesses]), start=begin):
+            for place, found in enumerate(made, start=begin):
                 one, guessed = active[place], guesses[place - begin]
                 before = len(one.ids)
-                for token in one.take(logits, guessed):
+                for token in one.take(found, guessed):
                     stats.decode_tokens += not fresh
                     if token.finish_reason:
                         ended.append(place)
@@ -228,40 +253,62 @@ class Engine:
             positions.extend(range(len(one.request.ids)))
         return self._forward(ids, Step(torch.tensor(positions), spans=tuple(spans)), cache)
 
-    def _decode(self, active: list[_Active], guesses: list[list[int]], cache: KVCache) -> torch.Tensor:
-        """The newest token of each active slot and the guesses behind it -> logits [active + guesses, V]."""
-        if not any(guesses):
-            positions = [len(one.ids) - 1 for one in active]
-            step = Step(torch.tensor(positions), length=max(positions) + 1)
-            return self._forward([one.ids[-1] for one in active], step, cache)
-        ids: list[int] = []
-        blocks = []
-        for slot, (one, guessed) in enumerate(zip(active, guesses, strict=True)):
-            blocks.append((slot, len(one.ids) - 1, 1 + len(guessed)))
-            ids.extend((one.ids[-1], *guessed))
-        return self._forward(ids, Step.extend(blocks), cache)
+    def _decode(
+        self, active: list[_Active], guesses: list[list[int]], cache: KVCache, recordings: Recordings | None
+    ) -> tuple[Sequence[torch.Tensor | list[int]], int]:
+        """One or several steps -> for each answer logits [1 + guesses, V] or drawn ids; and the number of steps."""
+        if any(guesses):
+            ids: list[int] = []
+            blocks = []
+            for slot, (one, guessed) in enumerate(zip(active, guesses, strict=True)):
+                blocks.append((slot, len(one.ids) - 1, 1 + len(guessed)))
+                ids.extend((one.ids[-1], *guessed))
+            rows = self._forward(ids, Step.extend(blocks), cache)
+            return rows.split([1 + len(guessed) for guessed in guesses]), 1
+        made = self._replay(active, recordings) if recordings is not None else None
+        if made is not None:
+            return made, len(made[0])
+        positions = [len(one.ids) - 1 for one in active]
+        step = Step(torch.tensor(positions), length=max(positions) + 1)
+        return self._forward([one.ids[-1] for one in active], step, cache).split(1), 1
+
+    def _replay(self, active: list[_Active], recordings: Recordings) -> list[list[int]] | None:
+        """Recorded steps -> ids of each answer; one step where guesses may come, else as many as pay."""
+        steps = 1
+        if self.draft is None and all(one.guesser is None for one in active) and self.cost.knows(len(active)):
+            steps = burst(self.cost(len(active)), [one.room for one in active])
+        with self._pass, torch.inference_mode(), self._memory(recordings.cache):
+            board = recordings.prepare(active)
+            if board is None:
+                return None
+            begun = time.perf_counter()
+            made = board.run(active, steps)
+            self.cost.add(len(active), (time.perf_counter() - begun) / steps)
+            return made
 
     def _forward(self, ids: list[int], step: Step, cache: KVCache, draft: Draft | None = None) -> torch.Tensor:
         net, cost = (draft.net, draft.cost) if draft else (self.net, self.cost)
         # inference_mode stays inside the pass: around a `yield` it would leak into the caller's code.
         with self._pass, torch.inference_mode():
             begun = time.perf_counter()
-            try:
+            with self._memory(cache):
                 logits = net(torch.tensor(ids, device=self.device), step, cache)
-            except torch.OutOfMemoryError as error:
-                raise HardwareError(
-                    f"{self.device}: out of memory with {cache.slots} answers of up to {cache.length} tokens in work; "
-                    "use a smaller batch_size or max_new_tokens, or a smaller dtype"
-                ) from error
             if not bool(torch.isfinite(logits).all()):
-                number_type = str(logits.dtype).removeprefix("torch.")
-                raise HardwareError(
-                    f"the network's output is not finite in {number_type} on {self.device}: the weights are damaged "
-                    "(dolly check) or overflow in this type; use dtype='bf16' or 'fp32'"
-                )
+                raise HardwareError(not_finite(logits.dtype, self.device))
             if step.spans is None:  # the check above has waited for the device
                 cost.add(len(ids), time.perf_counter() - begun)
             return logits
+
+    @contextmanager
+    def _memory(self, cache: KVCache) -> Iterator[None]:
+        """Say what took the memory if it runs out."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise HardwareError(
+                f"{self.device}: out of memory with {cache.slots} answers of up to {cache.length} tokens in work; "
+                "use a smaller batch_size or max_new_tokens, or a smaller dtype"
+            ) from error
 
 
 def _release(active: list[_Active], ended: list[int], cache: KVCache, guessing: Guessing) -> None:

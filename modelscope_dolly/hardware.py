@@ -69,22 +69,28 @@ def choose_device(requested: str | torch.device | None = None) -> Choice:
 
 def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
     """`bf16`, `bfloat16`, `torch.bfloat16`, ... -> torch.dtype. Raises SettingError."""
-    name = str(requested).removeprefix("torch.").lower()
+    name = dtype_name(requested).lower()
     name = _DTYPE_ALIASES.get(name, name)
     if name not in DTYPES:
         raise SettingError(unknown_name("dtype", str(requested), ("auto", *DTYPES)))
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """`bfloat16` for torch.bfloat16, as config.json spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_dtype(
-    device: torch.device, requested: str | torch.dtype | None = None, parameters: int | None = None
+    device: torch.device, requested: str | torch.dtype | None = None, float32: float = 0.0, how: str = ""
 ) -> Choice:
     """Number type of the weights on `device`.
 
     Args:
         device: where the weights will lie.
         requested: overrides the choice; None or "auto" leaves it to this function.
-        parameters: how many there are; on a CPU it decides whether float32 fits.
+        float32: bytes they take where float32 computes; decides on a CPU whether that fits.
+        how: added to the reason for float32.
     """
     if requested is not None and requested != "auto":
         return Choice(parse_dtype(requested), "asked for")
@@ -98,10 +104,9 @@ def choose_dtype(
         return Choice(torch.float16, "half the memory of float32")
     if cpu_computes_bf16():
         return Choice(torch.bfloat16, "this CPU computes it")
-    need, free = 4 * (parameters or 0), free_memory()
-    if need > 0.8 * free:
-        return Choice(torch.bfloat16, f"float32 needs {gigabytes(need)}, {gigabytes(free)} of memory are free")
-    return Choice(torch.float32, "this CPU has no bfloat16 instructions")
+    if float32 > 0.8 * (free := free_memory()):
+        return Choice(torch.bfloat16, f"float32 needs {gigabytes(float32)}, {gigabytes(free)} of memory are free")
+    return Choice(torch.float32, f"this CPU has no bfloat16 instructions{how}")
 
 
 def cpu_computes_bf16() -> bool:
@@ -176,6 +181,13 @@ def free_disk(path: str | os.PathLike) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def check_disk(path: str | os.PathLike, need: float, what: str, remedy: str = "") -> None:
+    """Raises HardwareError unless `need` bytes for `what` are free on the file system of `path`; ends in the remedy."""
+    if need > (free := free_disk(path)):
+        hint = f"; {remedy}" if remedy else ""
+        raise HardwareError(f"{path}: {what} needs {gigabytes(need)} of disk, {gigabytes(free)} are free{hint}")
 
 
 def gigabytes(count: float) -> str:

@@ -16,13 +16,24 @@ from tqdm import tqdm
 
 from . import kernels
 from .checkpoint import Checkpoint, locate, open_checkpoint
+from .decode import Decoder
 from .draft import Draft
 from .engine import Engine
 from .errors import HardwareError, SettingError, unknown_name
 from .generation import Responder
-from .hardware import choose_device, choose_dtype, choose_threads, cpu_computes_bf16, free_memory, gigabytes
+from .hardware import (
+    Choice,
+    choose_device,
+    choose_dtype,
+    choose_threads,
+    cpu_computes_bf16,
+    dtype_name,
+    free_memory,
+    gigabytes,
+)
 from .neox import NeoX, parameter_shapes
-from .quantize import BYTES_PER_WEIGHT, PackedLinear, is_linear, parse_quantize, replace_linears
+from .plan import bytes_per_weight, weight_bytes
+from .quantize import PackedLinear, is_linear, parse_quantize, replace_linears
 from .weights import WeightFile, read_tensors
 
 log = logging.getLogger("modelscope.dolly")
@@ -64,7 +75,7 @@ def load(
         dtype: "bf16", "fp16", "fp32", a torch.dtype, or None for what suits the device.
         device_map: "auto" or a dict, to spread the layers over several devices with accelerate; excludes `device`.
         verify: compare the files with manifest.json where there is one (sha256; seconds for a large model).
-        quantize: "int8" or "int4": the linear layers are quantised while they are read (CPU only); None leaves them.
+        quantize: "int8" or "int4": the linear layers are quantised while they are read (CPU, or one CUDA device).
         threads: of the CPU, for the whole process; see hardware.choose_threads.
         draft: directory or hub id of a smaller model of the family with the same vocabulary; it guesses tokens for this
             one to verify, see draft.py. It lies on the same device, in the same number type, quantised the same way.
@@ -80,12 +91,14 @@ def load(
         torch.set_num_threads(choose_threads(threads).value)
     checkpoint = open_checkpoint(path, verify)
     method = _agreed(checkpoint, wanted)
-    chosen_dtype = choose_dtype(chosen.value, dtype, checkpoint.parameters if method is None else None)
+    chosen_dtype = choose_number_type(checkpoint, chosen.value, dtype, method)
     place, number = chosen.value, chosen_dtype.value
     # The draft first: the room it takes is then gone when the network's own need is compared with what is free.
     drafting = _load_draft(checkpoint, draft, number, place, verify, wanted) if draft is not None else None
     if device_map is None:
         log.info("device %s; weights in %s", chosen, chosen_dtype)
+        if place.type == "cpu":
+            log.info("packed linear layers and attention of decode steps: %s", kernels.describe())
         net = load_network(checkpoint, number, {"": place}, method)
     else:
         placement = plan_placement(checkpoint, number, device_map)
@@ -93,7 +106,31 @@ def load(
         net = load_network(checkpoint, number, placement, method)
         place = _spread(net, placement)
     engine = Engine(net, place, checkpoint.config.max_position_embeddings, drafting)
+    if place.type == "cuda" and device_map is None:
+        engine.decoder = Decoder(net, place)
     return Dolly(checkpoint, net, place, number, Responder(engine, checkpoint.tokenizer))
+
+
+def choose_number_type(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    requested: str | torch.dtype | None = None,
+    quantize: str | None = None,
+) -> Choice:
+    """hardware.choose_dtype, knowing what float32 takes here: bfloat16 weights stay so where our kernels compute."""
+    if quantize or checkpoint.quantization:
+        return choose_dtype(device, requested)  # it decides about the embedding alone
+    need, method = held_bytes(checkpoint, torch.float32, device)
+    how = "; linear weights stay in bfloat16, as stored, and are multiplied in float32" if method else ""
+    return choose_dtype(device, requested, need, how)
+
+
+def held_bytes(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+) -> tuple[int, str | None]:
+    """Bytes that the weights take on one device, and how linear layers are kept there: see plan.bytes_per_weight."""
+    method = _packing(checkpoint, dtype, {"": device}, _agreed(checkpoint, quantize))
+    return weight_bytes(checkpoint.config, dtype.itemsize, method), method
 
 
 def _load_draft(
@@ -125,7 +162,7 @@ def load_network(
         quantize: "int8", "int4" or None; see quantize.py.
 
     Raises:
-        HardwareError: it does not fit, or is to be quantised for another device than the CPU; said before anything is
+        HardwareError: it does not fit, or is to be quantised on mps or on several devices; said before anything is
             read.
     """
     with torch.device("meta"):
@@ -134,7 +171,7 @@ def load_network(
     _check_memory(net, dtype, placement, method)
     total = sum(parameter.numel() for parameter in net.parameters())
     if method:
-        replace_linears(net, method)
+        replace_linears(net, method, _place("embed_out.weight", placement))
     # disable=None: a bar on a terminal, nothing in a log file
     with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
         for name, tensor in read_tensors(checkpoint.tensors):
@@ -168,12 +205,15 @@ def _agreed(checkpoint: Checkpoint, quantize: str | None) -> str | None:
 def _packing(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any], quantize: str | None) -> str | None:
     """How the linear layers are kept: "int8", "int4", "bf16" (packed for our kernels), or None (torch's own)."""
     on_cpu = all(torch.device(device).type == "cpu" for device in placement.values())
-    if quantize and not on_cpu:
+    on_cuda = set(placement) == {""} and torch.device(placement[""]).type == "cuda"
+    if quantize and not on_cpu and not on_cuda:
+        places = ", ".join(sorted({str(device) for device in placement.values()}))
         raise HardwareError(
-            f"quantize={quantize!r} is for the CPU in this version; use device='cpu', or quantize=None on the GPU"
+            f"quantize={quantize!r} is for the CPU or one CUDA device, not for {places}; "
+            "use device='cpu' or device='cuda:0', or quantize=None"
         )
-    if quantize and dtype == torch.float16:
-        raise SettingError(f"quantize={quantize!r} computes in fp32 or bf16; use dtype='fp32'")
+    if quantize and on_cpu and dtype == torch.float16:
+        raise SettingError(f"quantize={quantize!r} computes in fp32 or bf16 on the CPU; use dtype='fp32'")
     if quantize or not on_cpu or not kernels.level():
         return quantize
     if dtype == torch.bfloat16:  # torch emulates it where the processor lacks it, many times slower than float32
@@ -203,13 +243,12 @@ def _check_memory(net: NeoX, dtype: torch.dtype, placement: dict[str, Any], meth
     needed: dict[torch.device, float] = {}
     for name, parameter in net.named_parameters():
         device = torch.device(_place(name, placement))
-        packed = method and is_linear(name, parameter.shape)
-        width = BYTES_PER_WEIGHT[method] if packed else dtype.itemsize
+        width = bytes_per_weight(name, parameter.shape, dtype.itemsize, method)
         needed[device] = needed.get(device, 0) + parameter.numel() * width
     for device, need in needed.items():
         if device.type in ("cpu", "cuda") and need > (free := free_memory(device)):
             raise HardwareError(
-                f"the weights need {gigabytes(need)} on {device} in {method or str(dtype).removeprefix('torch.')}, "
+                f"the weights need {gigabytes(need)} on {device} in {method or dtype_name(dtype)}, "
                 f"{gigabytes(free)} are free; use a smaller model, dtype='bf16', or device_map='auto' (see: dolly plan)"
             )
 

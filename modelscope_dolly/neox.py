@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import kernels, varlen
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Step:
     Attributes:
         positions: [N] place of each token in its own sequence.
         spans: prefill only; (slot, begin, end) of each prompt among the N tokens.
-        length: decode and extend; number of cache places to look at: 1 + the largest position.
+        length: decode and extend; number of cache places to look at: 1 + the largest position, or more if `padded`.
         blocks: extend only; (slot, first position, number of tokens), in the order of the slots and of the tokens.
         last_only: extend only; logits of each block's last token instead of those of all N.
     """
@@ -41,6 +42,7 @@ class Step:
     length: int = 0
     blocks: tuple[tuple[int, int, int], ...] | None = None
     last_only: bool = False
+    padded: bool = False
     _placed: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -60,7 +62,12 @@ class Step:
         positions = self.positions.to(device)
         cos, sin = rotary(positions, dtype)
         if self.spans is not None:
-            return Placed(positions, cos, sin)
+            slots = torch.tensor([slot for slot, begin, end in self.spans for _ in range(begin, end)], device=device)
+            ends = torch.tensor([0, *(end for _, _, end in self.spans)], dtype=torch.int32, device=device)
+            return Placed(positions, cos, sin, slots, ends=ends)
+        if not self.padded and kernels.attends(device, dtype, rotary.head_width, rotary.width):
+            owners = range(tokens) if self.blocks is None else [slot for slot, _, n in self.blocks for _ in range(n)]
+            return Placed(positions, *rotary(positions, torch.float32), torch.tensor(owners), compiled=True)
         slots, offsets, grid = torch.arange(tokens, device=device), None, positions[:, None]
         if self.blocks is not None:
             rows = [(slot, offset) for slot, _, count in self.blocks for offset in range(count)]
@@ -71,7 +78,7 @@ class Step:
             if [count for _, _, count in self.blocks] == [shape[1]] * shape[0]:
                 offsets = None  # the tokens fill the grid in order
         mask = None
-        if grid.numel() > 1:  # a single token sees all
+        if grid.numel() > 1 or self.padded:  # a single token sees all
             hidden = torch.arange(self.length, device=device) > grid[:, None, :, None]
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         return Placed(positions, cos, sin, slots, offsets, tuple(grid.shape), mask)
@@ -98,6 +105,8 @@ class Placed:
         offsets: [N] column of each token in the grid; None where the tokens fill the grid in order.
         grid: (B, M).
         mask: [B, 1, M, length] added to attention scores: 0, or -inf for what lies ahead.
+        ends: prefill only; int32 [spans + 1]: 0, and where each prompt ends.
+        compiled: kernels.attend computes this step, without grid and mask; cos and sin are float32.
     """
 
     positions: torch.Tensor
@@ -107,6 +116,8 @@ class Placed:
     offsets: torch.Tensor | None = None
     grid: tuple[int, ...] = ()
     mask: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    compiled: bool = False
 
     def spread(self, query: torch.Tensor) -> torch.Tensor:
         """[N, H, D] -> [B, H, M, D]; zeros where a slot has fewer tokens."""
@@ -134,12 +145,14 @@ class KVCache:
         self.slots, self.length = slots, length
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer; `like` [N, H, D] gives heads, width, number type and device."""
+    def layer(
+        self, index: int, like: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer; `like` [N, H, D] gives heads, width, device and, without `dtype`, its type."""
         if index not in self._layers:
             # Zeros, not empty: a masked place is multiplied by a weight of 0, and 0 * NaN would be NaN.
             shape = (self.slots, like.shape[1], self.length, like.shape[2])
-            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+            self._layers[index] = (like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype))
         return self._layers[index]
 
     @torch.inference_mode()  # the tensors were made inside a pass
@@ -162,13 +175,17 @@ class Rotary:
             raise CheckpointError(
                 f"config.json: rope type {parameters['rope_type']!r} is not supported; dolly-v2 uses 'default'"
             )
-        self.width = int(config.hidden_size // config.num_attention_heads * parameters["partial_rotary_factor"])
+        self.head_width = config.hidden_size // config.num_attention_heads
+        self.width = int(self.head_width * parameters["partial_rotary_factor"])
         exponents = torch.arange(0, self.width, 2, dtype=torch.float, device="cpu") / self.width
         self.inverse_frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
+        self._on: dict[torch.device, torch.Tensor] = {}
 
     def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [N, 1, 1, R] for positions [N]; the first half of sin is negative, see turn."""
-        angles = positions[:, None].float() * self.inverse_frequencies.to(positions.device)
+        if positions.device not in self._on:  # moved once: a recorded step may not copy from the host
+            self._on[positions.device] = self.inverse_frequencies.to(positions.device)
+        angles = positions[:, None].float() * self._on[positions.device]
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), dim=-1)[:, None, None], torch.cat((-sin, sin), dim=-1)[:, None, None]
 
@@ -192,15 +209,23 @@ class Attention(nn.Module):
         tokens = x.shape[0]
         placed = step.on(x.device, self.rotary, x.dtype)
         mixed = self.query_key_value(x).view(tokens, self.heads, 3, -1)
+        keys, values = self.remembered(cache, mixed[:, :, 1])
+        if placed.compiled:
+            places = (placed.cos, placed.sin, placed.slots, placed.positions)
+            return self.dense(kernels.attend(mixed, *places, keys, values))
         self.rotary.turn(mixed[:, :, :2], placed.cos, placed.sin)
         query, key, value = mixed.unbind(2)
-        keys, values = cache.layer(self.index, key)
         if step.spans is None:
             keys[placed.slots, :, placed.positions] = key
             values[placed.slots, :, placed.positions] = value
             seen = (slice(placed.grid[0]), slice(None), slice(step.length))
             spread = placed.spread(query)
             out = placed.gather(F.scaled_dot_product_attention(spread, keys[seen], values[seen], attn_mask=placed.mask))
+        elif varlen.works(query):
+            keys[placed.slots, :, placed.positions] = key
+            values[placed.slots, :, placed.positions] = value
+            longest = max(end - begin for _, begin, end in step.spans)
+            out = varlen.attend(query, key, value, placed.ends, longest).reshape(tokens, -1)
         else:
             out = torch.empty_like(x)
             for slot, begin, end in step.spans:
@@ -210,6 +235,12 @@ class Attention(nn.Module):
                 out[begin:end] = attended[0].transpose(0, 1).reshape(end - begin, -1)
         return self.dense(out)
 
+    def remembered(self, cache: KVCache, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This layer's part of the cache: bfloat16 where the linear layers round more and kernels.attend reads it."""
+        quantised = getattr(self.query_key_value, "scales", None) is not None
+        half = quantised and kernels.attends(key.device, key.dtype, key.shape[-1], self.rotary.width)
+        return cache.layer(self.index, key, torch.bfloat16 if half else None)
+
 
 class MLP(nn.Module):
     def __init__(self, config: GPTNeoXConfig):
@@ -218,9 +249,11 @@ class MLP(nn.Module):
 
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation, self.gelu = ACT2FN[config.hidden_act], config.hidden_act == "gelu"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gelu and getattr(self.dense_h_to_4h, "packed", False):  # one layer of quantize.py
+            return self.dense_4h_to_h(self.dense_h_to_4h(x, activation="gelu"))
         return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from . import kernels
 from .checkpoint import locate_config, read_config
-from .hardware import free_disk, free_memory, gigabytes
+from .hardware import cpu_computes_bf16, dtype_name, free_disk, free_memory, gigabytes
+from .manifest import read_json
 from .neox import parameter_shapes
-from .quantize import BYTES_PER_WEIGHT, is_linear
+from .quantize import BYTES_PER_WEIGHT, METHODS, is_linear
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -21,10 +24,10 @@ if TYPE_CHECKING:
 SHAPES = {"3b": (2560, 32, 32), "7b": (4096, 32, 32), "12b": (5120, 36, 40)}
 VOCABULARY = 50280
 
-#: Bytes per weight of a linear layer.
-FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": BYTES_PER_WEIGHT["int8"], "int4": BYTES_PER_WEIGHT["int4"]}
-#: Formats that only the CPU computes in this version.
-CPU_ONLY = ("int8", "int4")
+#: Format -> bytes of a number that is no linear weight, and how linear weights are kept (see bytes_per_weight).
+FORMATS = {"fp32": (4, None), "fp32/bf16": (4, "bf16"), "bf16": (2, None), "int8": (2, "int8"), "int4": (2, "int4")}
+#: Weights stored in bf16, multiplied in float32 by the compiled kernels: only the CPU has it.
+HELD = "fp32/bf16"
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,31 @@ def shape_config(size: str) -> GPTNeoXConfig:
     )
 
 
+def bytes_per_weight(name: str, shape: Sequence[int], itemsize: int, method: str | None) -> float:
+    """Bytes in memory of each number of a parameter.
+
+    Args:
+        name, shape: of the parameter.
+        itemsize: bytes of the number type of the network.
+        method: how its linear layers are kept: "int8", "int4", "bf16" (packed for our kernels), or None (torch's own).
+    """
+    return BYTES_PER_WEIGHT[method] if method and is_linear(name, shape) else itemsize
+
+
+def weight_bytes(config: GPTNeoXConfig, itemsize: int, method: str | None = None) -> int:
+    """Bytes of all parameters in memory; for the arguments see bytes_per_weight."""
+    shapes = parameter_shapes(config).items()
+    return math.ceil(sum(math.prod(s) * bytes_per_weight(name, s, itemsize, method) for name, s in shapes))
+
+
 def needs(config: GPTNeoXConfig) -> list[Need]:
-    """One row per format. Embeddings and norms stay in bf16 when the linear layers are quantised."""
-    shapes = parameter_shapes(config)
-    linear = sum(math.prod(s) for name, s in shapes.items() if is_linear(name, s))
-    other = sum(math.prod(s) for s in shapes.values()) - linear
+    """One row per format. What is not quantised is in the number type that this CPU computes."""
     positions = 2 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings
     rows = []
-    for name, width in FORMATS.items():
-        rest = max(width, 2.0)
-        rows.append(Need(name, math.ceil(linear * width + other * rest), math.ceil(positions * rest)))
+    for name, (itemsize, method) in FORMATS.items():
+        if name in METHODS and not cpu_computes_bf16():
+            itemsize = 4
+        rows.append(Need(name, weight_bytes(config, itemsize, method), positions * itemsize))
     return rows
 
 
@@ -76,17 +94,25 @@ def places() -> dict[str, int]:
     return found
 
 
-def model_config(model: str, revision: str | None = None) -> GPTNeoXConfig:
-    """Of a size name (3b, 7b, 12b), a directory, or a hub id, of which only config.json is fetched."""
-    return shape_config(model) if model in SHAPES else read_config(locate_config(model, revision))
+def model_config(model: str, revision: str | None = None) -> tuple[GPTNeoXConfig, bool]:
+    """Of a size name (3b, 7b, 12b), a directory, or a hub id, of which only config.json is fetched.
+
+    Also whether that says that the weights are stored in bfloat16, as those of the published sizes are.
+    """
+    if model in SHAPES:
+        return shape_config(model), True
+    path = locate_config(model, revision)
+    raw = read_json(path / "config.json")
+    return read_config(path), dtype_name(str(raw.get("dtype") or raw.get("torch_dtype"))) == "bfloat16"
 
 
 def plan(model: str, revision: str | None = None) -> dict:
     """All figures as a JSON-ready dictionary; sizes in bytes. Raises CheckpointError when the model is unknown."""
     from modelscope.hub.utils.utils import get_cache_dir
 
-    config = model_config(model, revision)
-    rows = needs(config)
+    config, in_bf16 = model_config(model, revision)
+    held = in_bf16 and kernels.level() > 0
+    rows = [row for row in needs(config) if held or row.format != HELD]
     free = places()
     cache_dir = Path(get_cache_dir())
     download = next(row.weights for row in rows if row.format == "bf16")
@@ -100,9 +126,7 @@ def plan(model: str, revision: str | None = None) -> dict:
                 "weights": row.weights,
                 "cache_per_answer": row.cache,
                 "fits": [
-                    name
-                    for name, size in free.items()
-                    if row.total <= size and (name == "cpu" or row.format not in CPU_ONLY)
+                    name for name, size in free.items() if row.total <= size and (name == "cpu" or row.format != HELD)
                 ],
             }
             for row in rows
@@ -120,16 +144,18 @@ def report(figures: dict) -> str:
     lines = [
         f"{figures['model']}: {figures['parameters'] / 1e9:.3f} billion weights, window {window} tokens",
         "",
-        f"{'format':<8}{'weights':>12}{'cache':>12}{'together':>12}   fits on",
+        f"{'format':<10}{'weights':>12}{'cache':>12}{'together':>12}   fits on",
     ]
     for row in figures["formats"]:
         fits = ", ".join(row["fits"]) or "nothing here"
         weights, cache = row["weights"], row["cache_per_answer"]
         sizes = "".join(f"{gigabytes(size):>12}" for size in (weights, cache, weights + cache))
-        lines.append(f"{row['format']:<8}{sizes}   {fits}")
+        lines.append(f"{row['format']:<10}{sizes}   {fits}")
     disk = "enough" if figures["download"] <= figures["free_disk"] else "NOT enough"
+    lines.append("")
+    if any(row["format"] == HELD for row in figures["formats"]):
+        lines.append(f"{HELD}: what fp32 takes on this CPU: linear weights stay in bf16 as stored, float32 computes")
     lines += [
-        "",
         f"cache: keys and values of one answer at the full window of {window} tokens; a batch of 8 takes 8 of them",
         "free memory: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in figures["free_memory"].items()),
         f"download: about {gigabytes(figures['download'])} in bf16 or fp16; {gigabytes(figures['free_disk'])} free in "

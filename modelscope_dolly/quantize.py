@@ -13,8 +13,9 @@ Stored in a checkpoint (see convert.py), independent of the layout in memory, in
           so that a reader that does not know it refuses (transformers' Auto classes for its model_type) instead of
           running a network whose linear layers it has not found.
 
-Where the compiled library is missing (see kernels.py), torch computes: the weights are then widened chunk by chunk and
-activations stay as they are, which is more exact and several times slower.
+Where the compiled library is missing (see kernels.py) and on CUDA, the numbers are kept as they are stored and
+activations stay as they are (weight-only), which is more exact. torch then widens the weights chunk by chunk: several
+times slower, except for long prompts. The recorded steps of decode.py read them with their own kernels instead.
 """
 
 from __future__ import annotations
@@ -100,17 +101,23 @@ def stored_tensors(name: str, weight: torch.Tensor, method: str) -> dict[str, to
         whole, scales = kernels.quantise_rows(weight) if kernels.level() else quantise_int8(weight)
         return {f"{name}_int8": whole[:, : weight.shape[1]].contiguous(), f"{name}_scale": scales}
     whole, scales = quantise_int4(weight)
-    levels = F.pad((whole + 8).view(torch.uint8), (0, weight.shape[1] % 2), value=8)
-    return {f"{name}_int4": levels[:, 0::2] | (levels[:, 1::2] << 4), f"{name}_scale": scales}
+    return {f"{name}_int4": _halves(whole), f"{name}_scale": scales}
+
+
+def _halves(whole: torch.Tensor) -> torch.Tensor:
+    """Numbers from -8 to 7 [N, K] -> their stored form, two in a byte [N, ceil(K / 2)]."""
+    levels = F.pad((whole + 8).view(torch.uint8), (0, whole.shape[1] % 2), value=8)
+    return levels[:, 0::2] | (levels[:, 1::2] << 4)
 
 
 class PackedLinear(nn.Module):
     """Takes the place of an nn.Linear. Its tensors arrive one by one through `take`.
 
     Attributes:
-        weight: what `forward` multiplies with, in the layout of kernels.c, or rows [N, K] without the library.
+        weight: what `forward` multiplies with: in the layout of kernels.c if `packed`, else as stored.
         scales: of the weights, or None.
         bias: float32 [N], or None.
+        device: of all of them.
     """
 
     kind: int
@@ -118,16 +125,21 @@ class PackedLinear(nn.Module):
     scales: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, device: str | torch.device = "cpu"):
         super().__init__()
         if in_features > kernels.LARGEST_K:
             raise SettingError(
                 f"a layer of {in_features} inputs cannot be packed: the limit is {kernels.LARGEST_K}; "
                 "use quantize=None and dtype='fp32'"
             )
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.device = in_features, out_features, torch.device(device)
         for name in ("weight", "scales", "bias"):
             self.register_buffer(name, None)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the compiled library computes this layer."""
+        return self.device.type == "cpu" and kernels.level() > 0
 
     def take(self, leaf: str, tensor: torch.Tensor) -> None:
         """A tensor of a checkpoint, of any float type or as stored above: weight, weight_int8, ... or bias.
@@ -136,13 +148,13 @@ class PackedLinear(nn.Module):
             CheckpointError: a stored tensor holds numbers that quantisation does not make.
         """
         if leaf == "bias":
-            self.bias = tensor.to("cpu", torch.float32, copy=True)
+            self.bias = tensor.to(self.device, torch.float32, copy=True)
         elif leaf == "weight":
-            self._pack(*self.quantise(tensor))
+            self._pack(*self.quantise(tensor.to(self.device)))
         elif leaf == "weight_scale":
-            self._take_scales(tensor.clone())
+            self._take_scales(tensor.to(self.device, copy=True))
         else:
-            self._pack(self._whole(tensor), None)
+            self._pack(self._whole(tensor).to(self.device), None)
 
     def quantise(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """weight [N, K] -> numbers [N, K] and scales."""
@@ -163,18 +175,18 @@ class PackedLinear(nn.Module):
         """Weights of the outputs begin:end in float32 [end - begin, K], for the torch fallback."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] in float32 or bfloat16 -> [..., N] in the same type."""
-        if kernels.level():
-            out = kernels.linear(
-                self.kind, x.reshape(-1, self.in_features), self.weight, self.scales, self.bias, self.out_features
-            )
+    def forward(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        """x [..., K] in float32 or bfloat16 -> [..., N] in the same type; activation: see kernels.linear, if packed."""
+        if self.packed:
+            rows, tensors = x.reshape(-1, self.in_features), (self.weight, self.scales, self.bias)
+            out = kernels.linear(self.kind, rows, *tensors, self.out_features, activation)
             return out.view(*x.shape[:-1], self.out_features)
         parts = []
+        wide = torch.float32 if self.device.type == "cpu" else x.dtype
         for begin in range(0, self.out_features, _CHUNK):
             end = min(begin + _CHUNK, self.out_features)
-            bias = self.bias[begin:end] if self.bias is not None else None
-            parts.append(F.linear(x.float(), self.rows(begin, end), bias))
+            bias = self.bias[begin:end].to(wide) if self.bias is not None else None
+            parts.append(F.linear(x.to(wide), self.rows(begin, end).to(wide), bias))
         return torch.cat(parts, dim=-1).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -187,7 +199,7 @@ class Int8Linear(PackedLinear):
     kind = kernels.INT8
 
     def take(self, leaf: str, tensor: torch.Tensor) -> None:
-        if leaf == "weight" and kernels.level():  # in one go: quantised straight into the packed layout
+        if leaf == "weight" and self.packed:  # in one go: quantised straight into the packed layout
             panels, self.scales = kernels.quantise_rows(tensor, panel=16)
             self.weight = _with_offset(panels).squeeze(-1)
         else:
@@ -202,7 +214,7 @@ class Int8Linear(PackedLinear):
         return stored.clone()
 
     def _pack(self, whole: torch.Tensor, scales: torch.Tensor | None) -> None:
-        if kernels.level():
+        if self.packed:
             whole = F.pad(whole, (0, -self.in_features % 4)).contiguous()
             self.weight = kernels.pack(_with_offset(whole))
         else:
@@ -227,26 +239,26 @@ class Int4Linear(PackedLinear):
         return levels[:, : self.in_features].view(torch.int8) - 8
 
     def _pack(self, whole: torch.Tensor, scales: torch.Tensor | None) -> None:
-        if kernels.level():
+        if self.packed:
             # Levels 0 to 15; a padded place holds 8, which is zero.
             levels = F.pad((whole + 8).view(torch.uint8), (0, -self.in_features % GROUP), value=8)
             levels = levels.view(self.out_features, -1, 2, 4)
             words = (levels[:, :, 0] | (levels[:, :, 1] << 4)).contiguous()
             self.weight = kernels.pack(words.view(torch.int32).view(self.out_features, -1))
         else:
-            self.weight = whole
+            self.weight = _halves(whole)
         if scales is not None:
             self._take_scales(scales)
 
     def _take_scales(self, scales: torch.Tensor) -> None:
-        if kernels.level():
+        if self.packed:
             padded = F.pad(scales, (0, 0, 0, -self.out_features % 16))
             scales = padded.view(-1, 16, scales.shape[1]).transpose(1, 2).contiguous()
         self.scales = scales
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
         scales = self.scales[begin:end].float().repeat_interleave(GROUP, dim=1)
-        return self.weight[begin:end].float() * scales[:, : self.in_features]
+        return self._whole(self.weight[begin:end]).float() * scales[:, : self.in_features]
 
 
 class BF16Linear(PackedLinear):
@@ -258,7 +270,7 @@ class BF16Linear(PackedLinear):
         return weight.to(torch.bfloat16), None
 
     def _pack(self, whole: torch.Tensor, scales: torch.Tensor | None) -> None:
-        if kernels.level():
+        if self.packed:
             whole = F.pad(whole, (0, self.in_features % 2)).contiguous()
             self.weight = kernels.pack(whole.view(torch.int32))
         else:
@@ -276,10 +288,10 @@ def _with_offset(whole: torch.Tensor) -> torch.Tensor:
     return whole.view(torch.uint8).bitwise_xor_(128).view(torch.int32)
 
 
-def replace_linears(net: nn.Module, method: str) -> None:
-    """Put an empty packed layer in the place of every nn.Linear of `net` (which lies on the meta device)."""
+def replace_linears(net: nn.Module, method: str, device: str | torch.device = "cpu") -> None:
+    """Put an empty packed layer for `device` in the place of every nn.Linear of `net` (which lies on "meta")."""
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.Linear):
-            packed = _CLASSES[method](module.in_features, module.out_features)
+            packed = _CLASSES[method](module.in_features, module.out_features, device)
             parent, _, leaf = name.rpartition(".")
             setattr(net.get_submodule(parent), leaf, packed)

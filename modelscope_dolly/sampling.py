@@ -54,10 +54,27 @@ class Sampler:
         if self._seen is not None:
             logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
         token = self._draw(logits) if self.sampling.do_sample else int(logits.argmax())
+        self.drew(token)
+        return token
+
+    def drew(self, token: int) -> None:
+        """`token` is the next one; `draw` has drawn it with this sampler's settings."""
         self.draws += 1
         if self._seen is not None:
             self._seen.add(token)
-        return token
+
+    def settings(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Whole numbers (key, draws, top_k, do_sample) and others (temperature, top_p, penalty) for `draw`."""
+        one = self.sampling
+        return (
+            (_signed(self._seed), self.draws, one.top_k, int(one.do_sample)),
+            (one.temperature, one.top_p, one.repetition_penalty),
+        )
+
+    @property
+    def seen(self) -> set[int] | None:
+        """Ids whose logits the repetition penalty changes; None without a penalty."""
+        return self._seen
 
     def copy(self) -> Sampler:
         """A sampler with the same dice: from equal logits it draws what this one will draw."""
@@ -74,16 +91,70 @@ class Sampler:
         return int(ids[race.argmax()])
 
 
-def noise(key: int, ids: torch.Tensor) -> torch.Tensor:
-    """Exponential random numbers [K], float64, one for each id: the same for a (key, id) on every device.
+def draw(
+    logits: torch.Tensor, whole: torch.Tensor, others: torch.Tensor, seen: torch.Tensor | None, sampled: bool
+) -> torch.Tensor:
+    """The next tokens [B] of B answers, as their samplers would draw them, without the host waiting for anything.
+
+    It works on any device and can be captured in a CUDA graph: all shapes are fixed, so where `Sampler.next` looks at
+    a few of the likeliest tokens first, this sorts the vocabulary.
+
+    Args:
+        logits: [B, V], any number type.
+        whole: int64 [4, B], others: float32 [3, B], the samplers' `settings`; draws are counted up in place.
+        seen: bool [B, V], tokens that the repetition penalty changes, the drawn one is added; None without a penalty.
+        sampled: whether any answer has do_sample.
+    """
+    key, draws, top_k, do_sample = whole
+    temperature, top_p, penalty = others
+    logits = logits.float()
+    if seen is not None:
+        pushed = torch.where(logits < 0, logits * penalty[:, None], logits / penalty[:, None])
+        logits = torch.where(seen, pushed, logits)
+    tokens = logits.argmax(dim=-1)
+    if sampled:
+        dice = _scrambled(key + draws + _signed(_GOLDEN))
+        tokens = torch.where(do_sample > 0, _race(logits, temperature, top_k, top_p, dice), tokens)
+    draws += 1
+    if seen is not None:
+        seen.scatter_(1, tokens[:, None], True)
+    return tokens
+
+
+def _race(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, dice: torch.Tensor
+) -> torch.Tensor:
+    """`distribution` and the exponential race for each row of logits [B, V]; the rest are [B] -> ids [B]."""
+    smallest = torch.finfo(logits.dtype).tiny
+    values = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.clamp(min=smallest)[:, None]
+    values, ids = values.sort(dim=-1, descending=True, stable=True)  # stable: ties by smaller id
+    place = torch.arange(values.shape[-1], device=values.device)
+    top_k = torch.where(top_k > 0, top_k, values.shape[-1])[:, None]
+    weights = torch.where(place < top_k, values.exp(), 0.0)
+    probabilities = weights / weights.sum(dim=-1, keepdim=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    kept = (before < top_p[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
+    kept = torch.where(top_p[:, None] < 1.0, kept, values.shape[-1])
+    race = probabilities.double() / noise(dice[:, None], ids)
+    race = torch.where((place < kept) & (place < top_k), race, -1.0)
+    return ids.gather(1, race.argmax(dim=-1, keepdim=True))[:, 0]
+
+
+def noise(key: int | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Exponential random numbers [..., K], float64, one for each id: the same for a (key, id) on every device.
 
     Output number `id` of the SplitMix64 generator (Steele, Lea, Flood 2014) that starts at `key`, as a uniform number.
     """
-    bits = ids * _signed(_GOLDEN) + _signed(key)  # integers wrap around
+    key = _signed(key) if isinstance(key, int) else key
+    bits = _scrambled(ids * _signed(_GOLDEN) + key)  # integers wrap around
+    return -torch.log((_shifted(bits, 11).double() + 0.5) * 2.0**-53)
+
+
+def _scrambled(bits: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's output function of int64 numbers; `_mix` is the same for Python's integers."""
     for shift, factor in ((30, _FACTORS[0]), (27, _FACTORS[1])):
         bits = (bits ^ _shifted(bits, shift)) * _signed(factor)
-    bits = bits ^ _shifted(bits, 31)
-    return -torch.log((_shifted(bits, 11).double() + 0.5) * 2.0**-53)
+    return bits ^ _shifted(bits, 31)
 
 
 _GOLDEN, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)

@@ -11,6 +11,7 @@ os.environ["MODELSCOPE_ENDPOINT"] = os.environ["MODELSCOPE_DOMAIN"] = "http://12
 
 import pytest
 import torch
+import triton_interpreter  # noqa: F401  before the kernels, which look at what it sets
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from modelscope_dolly.engine import Engine

@@ -155,7 +155,7 @@ def test_an_unknown_dtype_is_an_error_that_lists_those_there_are(name):
 def test_a_gpu_gets_bfloat16_where_its_tensor_cores_know_it(cuda, capability, name, dtype, reason):
     cuda(1, capability, name)
     for requested in (None, "auto"):
-        check(choose_dtype(CUDA, requested, parameters=10**12), dtype, reason)
+        check(choose_dtype(CUDA, requested, 4e12), dtype, reason)
     check(choose_dtype(CUDA, "fp32"), torch.float32, "asked for")
 
 
@@ -168,9 +168,9 @@ def test_a_cpu_that_multiplies_bfloat16_gets_it(cpu, flag):
 def test_another_cpu_gets_float32_where_it_fits_and_bfloat16_where_not(cpu):
     cpu({"avx2", "avx512_f"}, free=100e9)
     check(choose_dtype(CPU), torch.float32, "no bfloat16 instructions")
-    check(choose_dtype(CPU, parameters=12 * 10**9), torch.float32, "no bfloat16 instructions")
-    check(choose_dtype(CPU, parameters=24 * 10**9), torch.bfloat16, "float32 needs 96.00 GB, 100.00 GB of memory are")
-    check(choose_dtype(CPU, "fp32", parameters=24 * 10**9), torch.float32, "asked for")
+    check(choose_dtype(CPU, None, 48e9, "; packed"), torch.float32, "no bfloat16 instructions; packed")
+    check(choose_dtype(CPU, None, 96e9), torch.bfloat16, "float32 needs 96.00 GB, 100.00 GB of memory are")
+    check(choose_dtype(CPU, "fp32", 96e9), torch.float32, "asked for")
 
 
 def test_the_cpu_of_this_machine_is_read():
@@ -216,6 +216,15 @@ def test_free_disk_is_that_of_the_nearest_directory_that_exists(tmp_path, monkey
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: asked.append(path) or types.SimpleNamespace(free=9))
     assert free_disk(tmp_path / "not" / "yet") == free_disk(str(tmp_path)) == 9
     assert asked == [tmp_path, tmp_path]
+
+
+def test_a_disk_that_is_too_small_is_an_error_with_both_sizes_and_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "free_disk", lambda _: 3 * 10**9)
+    hardware.check_disk(tmp_path, 3e9, "it")
+    for remedy, end in (("", "3.00 GB are free"), ("go away", "3.00 GB are free; go away")):
+        with pytest.raises(HardwareError) as caught:
+            hardware.check_disk(tmp_path, 4e9, "the copy", remedy)
+        assert str(caught.value) == f"{tmp_path}: the copy needs 4.00 GB of disk, {end}"
 
 
 def test_gigabytes_are_decimal():

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
 from conftest import random_model
 
-from modelscope_dolly import loading
+from modelscope_dolly import hardware, loading
 from modelscope_dolly.checkpoint import open_checkpoint
 from modelscope_dolly.errors import HardwareError, SettingError
 from modelscope_dolly.export import export_checkpoint
 from modelscope_dolly.generation import GenerationSettings, Prompt
 from modelscope_dolly.loading import Dolly, load
+from modelscope_dolly.neox import parameter_shapes
+from modelscope_dolly.quantize import is_linear
 from train.nano import build_tokenizer
 
 GREEDY = GenerationSettings().updated({"do_sample": False, "max_new_tokens": 16})
@@ -115,3 +118,38 @@ def test_memory_for_draft_and_network_must_be_there_together(checkpoint_dir, mon
     with pytest.raises(HardwareError, match="the weights need"):
         load(checkpoint_dir, device="cpu", dtype="fp32", draft=checkpoint_dir)
     assert len(asked) == 2
+
+
+@pytest.fixture(scope="module")
+def stored_in_bf16(tmp_path_factory, tokenizer):
+    target = tmp_path_factory.mktemp("bf16") / "dolly"
+    return export_checkpoint(random_model(vocab_size=len(tokenizer.tokenizer)).bfloat16(), tokenizer, target)
+
+
+@pytest.mark.parametrize(("level", "dtype"), [(2, torch.float32), (0, torch.bfloat16)])
+def test_float32_is_taken_where_its_packed_weights_fit(level, dtype, stored_in_bf16, monkeypatch):
+    """Memory for two bytes per linear weight and four per other one, not for four of each."""
+    checkpoint = open_checkpoint(stored_in_bf16)
+    linear = sum(math.prod(s) for name, s in parameter_shapes(checkpoint.config).items() if is_linear(name, s))
+    packed = 2 * linear + 4 * (checkpoint.parameters - linear)
+    monkeypatch.setattr(loading.kernels, "level", lambda: level)
+    monkeypatch.setattr(loading, "cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_computes_bf16", lambda: False)
+    for free, expected in ((packed / 0.8 + 9, dtype), (packed / 0.8 - 9, torch.bfloat16), (1e15, torch.float32)):
+        monkeypatch.setattr(hardware, "free_memory", lambda device=None, free=free: int(free))
+        choice = loading.choose_number_type(checkpoint, torch.device("cpu"))
+        assert choice.value == expected
+        held = level > 0 and expected == torch.float32
+        assert ("stay in bfloat16, as stored, and are multiplied in float32" in choice.reason) == held
+    assert loading.held_bytes(checkpoint, torch.float32, torch.device("cpu"))[0] == (
+        packed if level else 4 * checkpoint.parameters
+    )
+
+
+def test_held_bytes_are_those_of_the_loaded_network(stored_in_bf16):
+    checkpoint, cpu = open_checkpoint(stored_in_bf16), torch.device("cpu")
+    for dtype, quantize in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")):
+        net = loading.load_network(checkpoint, dtype, {"": cpu}, quantize)
+        stored = sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
+        # biases of packed layers stay in float32, and int8 has scales: next to nothing, except in so small a network
+        assert loading.held_bytes(checkpoint, dtype, cpu, quantize)[0] == pytest.approx(stored, rel=0.04)

@@ -12,7 +12,7 @@ from layouts import edit_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modelscope_dolly import convert, kernels, loading, manifest, weights
+from modelscope_dolly import convert, hardware, kernels, loading, manifest, weights
 from modelscope_dolly.check import check_directory
 from modelscope_dolly.checkpoint import open_checkpoint
 from modelscope_dolly.cli import main
@@ -205,11 +205,13 @@ def test_unknown_names_are_refused_before_anything_is_read(tmp_path):
             call()
 
 
-@pytest.mark.parametrize("device", ["cuda:0", "mps"])
-def test_for_the_cpu_alone(checkpoint_dir, device):
+@pytest.mark.parametrize(
+    "placement", [{"": "mps"}, {"": "cuda:0", "embed_out": "cuda:1"}, {"": "cpu", "embed_out": "cuda:0"}]
+)
+def test_not_on_mps_nor_over_several_devices(checkpoint_dir, placement):
     checkpoint = open_checkpoint(checkpoint_dir)
-    with pytest.raises(HardwareError, match="quantize='int8' is for the CPU in this version; use device='cpu'"):
-        load_network(checkpoint, torch.bfloat16, {"": torch.device(device)}, "int8")
+    with pytest.raises(HardwareError, match="'int8' is for the CPU or one CUDA device, not for "):
+        load_network(checkpoint, torch.bfloat16, placement, "int8")
 
 
 def test_float16_is_refused(checkpoint_dir):
@@ -226,8 +228,8 @@ def test_memory_is_compared_with_the_quantised_size(checkpoint_dir, monkeypatch)
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(checkpoint_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "free_disk", lambda path: 1000)
-    with pytest.raises(HardwareError, match=r"0\.00 GB are free on that disk"):
+    monkeypatch.setattr(hardware, "free_disk", lambda path: 1000)
+    with pytest.raises(HardwareError, match=r"the quantised copy needs 0\.00 GB of disk, 0\.00 GB are free"):
         quantize_checkpoint(checkpoint_dir, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 

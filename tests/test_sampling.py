@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from modelscope_dolly.sampling import Sampler, Sampling, _mix, distribution, noise, penalize
+from modelscope_dolly.sampling import draw as draw_rows
 
 
 def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -212,3 +213,51 @@ def test_half_precision_logits_are_sampled_in_float32(dtype):
     for sampling in (Sampling(seed=5), Sampling(do_sample=False), Sampling(seed=5, repetition_penalty=1.7)):
         half, full = Sampler(sampling, [1, 2, 3]), Sampler(sampling, [1, 2, 3])
         assert [half.next(logits) for _ in range(25)] == [full.next(logits.float()) for _ in range(25)]
+
+
+def settings(samplers: list[Sampler]) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [4, B] and float32 [3, B] of several samplers."""
+    both = [one.settings() for one in samplers]
+    return torch.tensor([whole for whole, _ in both]).T.contiguous(), torch.tensor([rest for _, rest in both]).T
+
+
+def test_draws_for_a_batch_are_those_of_its_samplers():
+    """What a GPU draws without the host, `draw`, against `Sampler.next` row by row, over several steps."""
+    rng = random.Random(5)
+    for seed in range(150):
+        vocabulary, rows = rng.choice((1, 2, 7, 50, 400, 6000)), rng.choice((1, 3, 5))
+        generator = torch.Generator().manual_seed(seed)
+        samplers = [
+            Sampler(
+                Sampling(
+                    do_sample=rng.random() < 0.8,
+                    temperature=rng.choice((0.05, 0.7, 1.0, 2.5, 1e-40)),
+                    top_k=rng.choice((0, 0, 1, 3, 40, 1000)),
+                    top_p=rng.choice((1.0, 0.92, rng.uniform(0.01, 0.999))),
+                    repetition_penalty=rng.choice((1.0, 1.0, 1.3, 0.5)),
+                    seed=rng.randrange(2**32),
+                ),
+                prompt=[rng.randrange(vocabulary) for _ in range(3)],
+            )
+            for _ in range(rows)
+        ]
+        seen = torch.zeros(rows, vocabulary, dtype=torch.bool)
+        for row, sampler in enumerate(samplers):
+            seen[row, list(sampler.seen or ())] = True
+        if all(sampler.seen is None for sampler in samplers):
+            seen = None
+        whole, others = settings(samplers)
+        for _ in range(4):
+            logits = torch.randn(rows, vocabulary, generator=generator) * rng.choice((0.1, 1, 5, 30))
+            tokens = draw_rows(logits, whole, others, seen, sampled=True).tolist()
+            assert tokens == [sampler.next(row) for sampler, row in zip(samplers, logits, strict=True)], seed
+        assert whole[1].tolist() == [sampler.draws for sampler in samplers]
+
+
+def test_equal_logits_are_drawn_alike_in_a_batch():
+    """Ties: whole numbers as logits, where the smaller id comes first within top_k and top_p."""
+    logits = torch.randint(0, 3, (40, 300), generator=torch.Generator().manual_seed(0)).float()
+    samplers = [Sampler(Sampling(top_k=30, top_p=0.8, seed=seed), []) for seed in range(40)]
+    whole, others = settings(samplers)
+    expected = [sampler.next(row) for sampler, row in zip(samplers, logits, strict=True)]
+    assert draw_rows(logits, whole, others, None, sampled=True).tolist() == expected

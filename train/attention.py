@@ -11,7 +11,6 @@ records see each other; and without position_ids every record but the first sits
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +18,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from modelscope_dolly import varlen
+
 NAME = "dolly_packed"
-_VARLEN_CAPABILITY = (8, 0)
 
 
 def packed_attention(
@@ -49,8 +49,9 @@ def packed_attention(
     """
     assert record_lengths is not None and cu_seq_lens is not None, "pass packed_inputs(...) to the model"
     assert query.shape[0] == 1 and query.shape[2] == sum(record_lengths), (tuple(query.shape), record_lengths)
-    if _varlen_works(query, dropout):
-        out = _varlen(query, key, value, cu_seq_lens, max(record_lengths), scaling)
+    if varlen.works(query, dropout):
+        flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        out = varlen.attend(*flat, cu_seq_lens, max(record_lengths), scaling).transpose(0, 1)[None]
     else:
         out = torch.cat(
             [
@@ -60,26 +61,6 @@ def packed_attention(
             dim=2,
         )
     return out.transpose(1, 2), None
-
-
-def _varlen_works(query: torch.Tensor, dropout: float) -> bool:
-    if query.device.type != "cuda" or dropout or query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(query.device) >= _VARLEN_CAPABILITY
-
-
-def _varlen(query, key, value, cu_seq_lens, longest: int, scaling: float | None) -> torch.Tensor:
-    """One call of torch.nn.attention.varlen. Not run by the tests of a machine without a GPU."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # The keyword for causal attention was renamed between torch releases.
-    known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if scaling is not None and "scale" in known:
-        causal["scale"] = scaling
-    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    out = varlen_attn(*flat, cu_seq_lens, cu_seq_lens, longest, longest, **causal)
-    return out.transpose(0, 1)[None]
 
 
 def packed_inputs(records: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Any]:
