@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from . import PIPELINE_TYPE, manifest
-from .checkpoint import expected_tensors, read_config, read_tokenizer, repair_hint, vocabulary_problems
+from .checkpoint import expected_tensors, read_config, read_tokenizer, refuse, repair_hint, vocabulary_problems
 from .errors import CheckpointError
+from .hardware import dtype_name
 from .manifest import read_json
 from .prompt import CONTROL_KEYS
 from .weights import inventory, read_tensors, weight_files
@@ -57,7 +58,7 @@ def _manifest(path: Path) -> str:
     listed = manifest.read(path)
     if listed is None:
         return "none: file contents cannot be compared with what was published"
-    _refuse(manifest.problems(path))
+    refuse(manifest.problems(path))
     return f"{len(listed)} files have the size and sha256 they were published with"
 
 
@@ -74,14 +75,14 @@ def _tokenizer(path: Path) -> str:
 
 def _vocabulary(path: Path) -> str:
     config, tokenizer = read_config(path), read_tokenizer(path)
-    _refuse(vocabulary_problems(path, config, tokenizer))
+    refuse(vocabulary_problems(path, config, tokenizer))
     return f"the network has {config.vocab_size} rows for {len(tokenizer.tokenizer)} tokens"
 
 
 def _names(path: Path) -> str:
     files = weight_files(path)
     places, wrong = inventory(path, expected_tensors(path, read_config(path)), files)
-    _refuse(wrong)
+    refuse(wrong)
     return f"{len(places)} tensors of the right shape in {len(files)} file{'s' if len(files) > 1 else ''}"
 
 
@@ -90,14 +91,14 @@ def _values(path: Path) -> str:
     total, types, wrong = 0, set(), []
     for name, tensor in read_tensors(places):
         total += tensor.numel()
-        types.add(str(tensor.dtype).removeprefix("torch."))
+        types.add(dtype_name(tensor.dtype))
         if not bool(torch.isfinite(tensor).all()):
             wrong.append(f"{places[name][0]}: {name} holds values that are not finite")
         elif tensor.dtype == torch.int8 and int(tensor.min()) < -127:
             wrong.append(f"{places[name][0]}: {name} holds -128, the smallest number of int8 weights is -127")
         elif tensor.dim() == 2 and not bool(tensor.any()):
             wrong.append(f"{places[name][0]}: {name} is all zeros")
-    _refuse(wrong)
+    refuse(wrong)
     return f"{total:,} values, all finite, stored as {', '.join(sorted(types))}"
 
 
@@ -121,12 +122,6 @@ def _notes(path: Path) -> list[tuple[str, str]]:
             )
         )
     return notes
-
-
-def _refuse(wrong: list[str]) -> None:
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError("; ".join(wrong[:5]) + more)
 
 
 def report(findings: list[Finding]) -> str:

@@ -125,14 +125,15 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
         config = read_config(path)
         files = weight_files(path)
         if verify:
-            _refuse(manifest.problems(path, [*_side_files(path), *(file.name for file in files)]))
+            refuse(manifest.problems(path, [*_side_files(path), *(file.name for file in files)]))
         tokenizer = read_tokenizer(path)
-        _refuse(vocabulary_problems(path, config, tokenizer))
-        tensors, wrong = inventory(path, expected_tensors(path, config), files)
-        _refuse(wrong)
+        refuse(vocabulary_problems(path, config, tokenizer))
+        quantization = read_quantization(path)
+        tensors, wrong = inventory(path, stored_shapes(parameter_shapes(config), quantization), files)
+        refuse(wrong)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {repair_hint(path)}") from error.__cause__
-    return Checkpoint(path, config, tokenizer, tensors, read_quantization(path))
+    return Checkpoint(path, config, tokenizer, tensors, quantization)
 
 
 def expected_tensors(path: Path, config: GPTNeoXConfig) -> dict[str, tuple[int, ...]]:
@@ -142,7 +143,11 @@ def expected_tensors(path: Path, config: GPTNeoXConfig) -> dict[str, tuple[int, 
 
 def read_quantization(path: Path) -> str | None:
     """How the linear layers of a directory are stored: "int8", "int4" or None; another way is a CheckpointError."""
-    entry = read_json(path / "config.json").get("quantization_config")
+    return _quantization(path / "config.json", read_json(path / "config.json"))
+
+
+def _quantization(file: Path, raw: dict) -> str | None:
+    entry = raw.get("quantization_config")
     if entry is None:
         return None
     found = (entry.get("quant_method"), entry.get("version")) if isinstance(entry, dict) else (entry, None)
@@ -151,12 +156,13 @@ def read_quantization(path: Path) -> str | None:
             return method
     known = ", ".join(f"dolly-{method}" for method in METHODS)
     raise CheckpointError(
-        f"{path / 'config.json'}: quantization_config is {found[0]!r} version {found[1]!r}, which this version cannot "
+        f"{file}: quantization_config is {found[0]!r} version {found[1]!r}, which this version cannot "
         f"read; it knows version 1 of {known}. Use the checkpoint that it was made from"
     )
 
 
-def _refuse(found: list[str]) -> None:
+def refuse(found: list[str]) -> None:
+    """Raises CheckpointError where there are problems, and tells three of them."""
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise CheckpointError("; ".join(found[:3]) + more)
@@ -180,7 +186,7 @@ def read_config(path: Path) -> GPTNeoXConfig:
     """config.json in the spelling of 2023 (rotary_pct, rotary_emb_base), of today (rope_parameters), or both."""
     file = path / "config.json"
     raw = read_json(file)
-    model_type = MODEL_TYPE if read_quantization(path) else "gpt_neox"
+    model_type = MODEL_TYPE if _quantization(file, raw) else "gpt_neox"
     if raw.get("model_type") != model_type:
         raise CheckpointError(f"{file}: model_type is {raw.get('model_type')!r}, dolly-v2 is {model_type!r}")
     for key, (low, high) in _REQUIRED.items():

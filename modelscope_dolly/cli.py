@@ -7,6 +7,7 @@ Nothing heavy is imported before a command needs it. What a user can repair ends
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -194,6 +195,8 @@ def _answer(dolly: Dolly, value: Any, settings: GenerationSettings, as_json: boo
 
 
 def _facts(dolly: Dolly, update: Update, settings: GenerationSettings) -> dict:
+    from .hardware import dtype_name
+
     return {
         "text": update.text,
         "finish_reason": update.finish_reason,
@@ -202,7 +205,7 @@ def _facts(dolly: Dolly, update: Update, settings: GenerationSettings) -> dict:
         "seed": settings.seed if settings.do_sample else None,
         "model": str(dolly.checkpoint.path),
         "device": str(dolly.device),
-        "dtype": str(dolly.dtype).removeprefix("torch."),
+        "dtype": dtype_name(dolly.dtype),
     }
 
 
@@ -254,18 +257,49 @@ def run_quantize(options: argparse.Namespace) -> int:
 def run_bench(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     from .benchmark.report import report
-    from .benchmark.run import bench
+    from .benchmark.run import bench, figures
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is stopped still tells what it has
     found: dict = {}
-    try:
-        found = bench(settings, found)
-    except KeyboardInterrupt:
-        if not found.get("rows"):
-            raise
-        found["stopped"] = True
+    code = 0
+    with _one_stop() as received:  # a run that is stopped still tells what it has
+        try:
+            bench(settings, found)
+        except KeyboardInterrupt:
+            number = received[0] if received else signal.SIGINT
+            found["stopped"], code = number.name, 128 + number
+        except DollyError as error:
+            found["error"] = str(error)
+            if not figures(found):
+                raise
+    if "stopped" in found and not figures(found):
+        print(f"dolly: stopped by {found['stopped']} before anything was measured", file=sys.stderr)
+        return code
     print(json.dumps(found, indent=2) if options.json else report(found))
-    return 130 if "stopped" in found else 0
+    if "error" in found:
+        raise DollyError(found["error"])
+    return code
+
+
+@contextlib.contextmanager
+def _one_stop() -> Iterator[list[signal.Signals]]:
+    """The first signal to stop is a KeyboardInterrupt; the next do not disturb the tidying up. Yields all that came."""
+    received: list[signal.Signals] = []
+
+    def stop(number: int, _: Any) -> None:
+        received.append(signal.Signals(number))
+        if len(received) == 1:
+            raise KeyboardInterrupt
+
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # nohup and a shell's & have some of them ignored: they stay so
+    before = {number: handler for number in wanted if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_eval(options: argparse.Namespace) -> int:

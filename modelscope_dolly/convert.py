@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from . import manifest
 from .checkpoint import open_checkpoint
-from .errors import HardwareError, SettingError
+from .errors import SettingError
 from .export import new_directory, seal_directory, write_side_files
-from .hardware import free_disk, gigabytes
+from .hardware import check_disk
 from .manifest import read_json
 from .neox import parameter_shapes
 from .quantize import BYTES_PER_WEIGHT, MODEL_TYPE, is_linear, parse_quantize, stored_tensors
@@ -43,8 +43,7 @@ def quantize_checkpoint(source: str | Path, target: str | Path, method: str = "i
     need = sum(
         math.prod(shape) * (BYTES_PER_WEIGHT[method] if is_linear(name, shape) else 4) for name, shape in shapes.items()
     )
-    if need > (free := free_disk(target)):
-        raise HardwareError(f"{target}: needs up to {gigabytes(need)}, {gigabytes(free)} are free on that disk")
+    check_disk(target, need, "the quantised copy")
     with new_directory(target) as directory:
         write_tensors(directory, _quantised(read_tensors(checkpoint.tensors), method, len(shapes)))
         config = read_json(checkpoint.path / "config.json")

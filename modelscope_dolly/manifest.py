@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from .errors import CheckpointError, one_line
+from .errors import CheckpointError, SettingError, one_line
 
 NAME = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -70,6 +70,35 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_json_lines(path: Path, check: Callable[[dict], str | None]) -> list[dict]:
+    """The JSON objects of a file, one per line; empty lines are left out.
+
+    Args:
+        path: the file. Lines end at line feeds alone: a text may hold other line separators.
+        check: what is wrong with an object, or None.
+
+    Raises:
+        SettingError: names file and line, what was found and what was expected.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise SettingError(f"{path}:{number}: not JSON in UTF-8 ({one_line(error)})") from None
+        wrong = check(row) if isinstance(row, dict) else f"must be a JSON object, found {type(row).__name__}"
+        if wrong:
+            raise SettingError(f"{path}:{number}: {wrong}")
+        rows.append(row)
+    return rows
 
 
 def read(directory: Path) -> dict[str, dict] | None:

@@ -12,11 +12,14 @@ from train.nano import RECORDS, write_base
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, monkeypatch):
+    """It publishes, to a hub that is not there and without a token; a measurement must not ask for either."""
+    monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
+    monkeypatch.setenv("MODELSCOPE_CREDENTIALS_PATH", str(tmp_path / "nobody"))
     write_base(tmp_path / "base")
     settings = {"model": str(tmp_path / "base"), "dataset": str(RECORDS), "output_dir": str(tmp_path / "run"),
                 "test_size": 8, "global_batch_size": 12, "checkpoint_activations": False,
-                "learning_rate": 1e-3}  # fmt: skip
+                "learning_rate": 1e-3, "publish": {"model_id": "me/x", "revision": "v1.0.0"}}  # fmt: skip
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

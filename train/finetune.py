@@ -93,8 +93,9 @@ def run(resolved: Resolved) -> Path:
         raise SettingError(f"{output / FINAL}: this run is finished; give another output_dir, or remove it")
 
     reporters(config)
-    if config.publish and first:
-        before_training(config.publish)
+    publish = config.publish if first and "DOLLY_BENCH" not in os.environ else None
+    if publish:
+        before_training(publish)
 
     # Records and plan: every process makes the same ones.
     made = prepare(config, world)
@@ -170,8 +171,8 @@ def run(resolved: Resolved) -> Path:
             finish(trainer, state, tokenizer, choice.dtype, output / FINAL, lora)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    if config.publish and first and "DOLLY_BENCH" not in os.environ:
-        after_training(config.publish, output / FINAL)
+    if publish:
+        after_training(publish, output / FINAL)
     return output / FINAL
 
 

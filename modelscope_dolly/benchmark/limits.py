@@ -11,6 +11,7 @@ import mmap
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -21,8 +22,10 @@ import psutil
 import torch
 from torch.nn import functional as F
 
+from ..hardware import DTYPES, free_memory
 from ..neox import parameter_shapes
-from ..plan import FORMATS
+from ..quantize import BYTES_PER_WEIGHT
+from . import peers
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -33,24 +36,67 @@ _LEAST_ARRAY = 1 << 30
 LARGEST_SPREAD = 0.15
 #: So were those beside which other processes kept this many CPUs busy.
 LARGEST_LOAD = 0.15
-_VERSIONS = ("modelscope-dolly", "torch", "transformers", "safetensors", "modelscope")
+_VERSIONS = ("modelscope-dolly", "torch", "transformers", "safetensors", "modelscope", "triton")
+#: Width of the matrices that are read.
+_WIDTH = 4096
+#: Calls between two looks at the clock on a GPU, which is told to begin them all before it ends the first.
+_CALLS = 20
+
+
+def run_limits(job: dict) -> dict:
+    """In the child: bandwidth in bytes/s, and operations/s of torch's matrix product in each of the job's types."""
+    torch.set_num_threads(job["threads"])
+    device = torch.device(job["device"])
+    peers.say("bandwidth")
+    found: dict = {"bandwidth": read_bandwidth(device), "matrix": {}}
+    for name in job["limits"]:
+        peers.say(f"matrix product in {name}")
+        found["matrix"][name] = matrix_peak(device, DTYPES[name])
+    return found
 
 
 def read_bandwidth(device: torch.device, repeats: int = 5, array: int | None = None) -> dict:
-    """Bytes per second at which memory is read with all threads (CPU), or copied (CUDA: read and written bytes).
+    """Bytes per second at which memory is read: the median of `repeats` after a warm-up, and the others beside it.
 
-    On a CPU: a float32 matrix-vector product, whose time is that of reading the matrix, over an array of more than four
-    times the last cache, on huge pages where the system gives them. The median of `repeats` after a warm-up.
+    On a CPU: a float32 matrix-vector product with all threads, whose time is that of reading the matrix, over an array
+    of more than four times the last cache, on huge pages where the system gives them. On CUDA: see gpu_bandwidth.
     """
     if device.type == "cuda":
-        source = torch.ones((array or 4 << 30) // 4, device=device)
-        target = torch.empty_like(source)
-        return _rate(lambda: target.copy_(source), 2 * source.nbytes, repeats, device)
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        least = min(array or max(_LEAST_ARRAY, 4 * cache), free_memory(device) // 2)
+        return gpu_bandwidth(device, [least, min(4 * least, free_memory(device) // 2)], repeats)
     size = array or max(_LEAST_ARRAY, 4 * last_cache() + (64 << 20))
-    size -= size % (4 * 4096)
-    matrix = torch.frombuffer(_huge(size), dtype=torch.float32).fill_(1.0).view(-1, 4096)
-    vector = torch.ones(4096)
+    size -= size % (4 * _WIDTH)
+    matrix = torch.frombuffer(_huge(size), dtype=torch.float32).fill_(1.0).view(-1, _WIDTH)
+    vector = torch.ones(_WIDTH)
     return _rate(lambda: torch.mv(matrix, vector), size, repeats, device)
+
+
+def gpu_bandwidth(device: torch.device, sizes: list[int], repeats: int) -> dict:
+    """Bytes per second at which memory of a GPU is read: the best of two ways and several sizes.
+
+    None of them alone is a limit that an engine could not exceed: which kernel reads fastest depends on the card.
+
+    Returns:
+        spread() of the best one; `how` and `array_bytes`; `copy`, that of the best copy from memory to memory, bytes
+        read plus bytes written, which is what is commonly quoted; `tried`, the median of each.
+    """
+    tried = [one for size in sizes for one in _ways(device, size - size % (8 * _WIDTH), repeats)]
+    best = {copy: max((one for one in tried if (one["how"] == "copy") == copy), key=lambda one: one["max"])
+            for copy in (False, True)}  # fmt: skip
+    medians = {f"{one['how']}, {one['array_bytes']} bytes": one["median"] for one in tried}
+    return {**best[False], "copy": best[True], "tried": medians}
+
+
+def _ways(device: torch.device, size: int, repeats: int) -> list[dict]:
+    matrix, vector = torch.ones(size // 4 // _WIDTH, _WIDTH, device=device), torch.ones(_WIDTH, device=device)
+    first, second = matrix.chunk(2)
+    ways: dict[str, Callable[[], object]] = {
+        "matrix-vector product": lambda: torch.mv(matrix, vector),
+        "sum": matrix.sum,
+        "copy": lambda: second.copy_(first),
+    }
+    return [{**_rate(work, size, repeats, device), "how": how, "array_bytes": size} for how, work in ways.items()]
 
 
 def _huge(size: int) -> mmap.mmap:
@@ -74,23 +120,28 @@ def last_cache() -> int:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, repeats: int = 3, size: int | None = None) -> dict:
-    """Operations per second of torch's own matrix product [2048, n] x [n, n] (n = 4096; 8192 square on CUDA)."""
+    """Operations per second of torch's own matrix product [2048, n] x [n, n] (n = 4096; 8192 square on CUDA).
+
+    Of random numbers: a GPU takes less power, and so has a higher clock, for numbers that are all the same.
+    """
     inner = size or (8192 if device.type == "cuda" else 4096)
     rows = inner if device.type == "cuda" else inner // 2
-    left = torch.ones(rows, inner, dtype=dtype, device=device)
-    right = torch.ones(inner, inner, dtype=dtype, device=device)
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    right = torch.randn(inner, inner, device=device).to(dtype)
     return _rate(lambda: F.linear(left, right), 2 * rows * inner * inner, repeats, device)
 
 
 def _rate(work: Callable[[], object], amount: float, repeats: int, device: torch.device) -> dict:
+    calls = _CALLS if device.type == "cuda" else 1
     rates = []
     for number in range(repeats + 1):
         begin = time.perf_counter()
-        work()
+        for _ in range(calls):
+            work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if number:  # the first one pays for pages and kernels
-            rates.append(amount / (time.perf_counter() - begin))
+            rates.append(calls * amount / (time.perf_counter() - begin))
     return spread(rates)
 
 
@@ -142,9 +193,16 @@ def linear_weights(config: GPTNeoXConfig) -> int:
     return count + (math.prod(shapes["gpt_neox.embed_in.weight"]) if config.tie_word_embeddings else 0)
 
 
-def bytes_per_step(config: GPTNeoXConfig, number_format: str) -> float:
-    """Bytes of linear weights that one decode step reads, whatever the batch. The cache is not counted."""
-    return linear_weights(config) * FORMATS["bf16" if number_format == "fp16" else number_format]
+def bytes_per_step(config: GPTNeoXConfig, number_format: str, held: str | None = None) -> float:
+    """Bytes of linear weights that one decode step reads, whatever the batch. The cache is not counted.
+
+    Args:
+        config: of the network.
+        number_format: of the row.
+        held: how our engine keeps linear weights, where it is not that: bf16 ones that are multiplied in float32.
+    """
+    name = held or number_format
+    return linear_weights(config) * (DTYPES[name].itemsize if name in DTYPES else BYTES_PER_WEIGHT[name])
 
 
 def machine(device: torch.device, threads: int) -> dict:
@@ -155,7 +213,9 @@ def machine(device: torch.device, threads: int) -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    gpu = {"gpu": _gpu(device)} if device.type == "cuda" else {}
     return {
+        **gpu,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "kind": device.type,
         "instructions": _instructions(),
@@ -166,6 +226,28 @@ def machine(device: torch.device, threads: int) -> dict:
         "system": f"{platform.system()} {platform.release()}",
         "versions": versions,
     }
+
+
+def _gpu(device: torch.device) -> dict:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "l2_cache_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    """Version of the GPU driver; None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
 def _cpuinfo(key: str) -> str:

@@ -7,18 +7,20 @@ shape, and the guesses that are right are those that the responses copy from the
 
 from __future__ import annotations
 
-import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..errors import SettingError
+from ..manifest import read_json_lines
 from . import peers
 
 if TYPE_CHECKING:
-    import torch
-
+    from ..decode import Forward
     from ..engine import Engine
     from ..neox import KVCache, NeoX, Step
     from ..prompt import DollyTokenizer
@@ -33,71 +35,85 @@ _RECORDS = 8
 
 
 class Scripted:
-    """A network that computes as ever and answers from a script.
+    """A network that computes as ever and answers from a script; where that has ended it says token 1.
+
+    The script lies at one place on the device, so that recorded steps follow it too (see decode.py).
 
     Args:
         net: computes.
-        script: ids of prompt and answer; behind them it says token 1.
+        device: of the network.
+        window: most tokens of a script.
     """
 
-    def __init__(self, net: NeoX, script: list[int]):
-        self.net, self.config, self.script = net, net.config, script
+    def __init__(self, net: NeoX, device: torch.device, window: int):
+        self.net = net
+        self._script = torch.ones(window + 1, dtype=torch.int64, device=device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
+
+    def follow(self, script: list[int]) -> None:
+        """Say these ids of a prompt and its answer."""
+        self._script.fill_(1)
+        self._script[: len(script)] = torch.tensor(script, device=self._script.device)
 
     def __call__(self, tokens: torch.Tensor, step: Step, cache: KVCache) -> torch.Tensor:
         """Logits as NeoX gives them, of one slot: the token that the script has behind each wanted place wins."""
         logits = self.net(tokens, step, cache)
         wanted = step.wanted()
-        positions = step.positions.tolist()
-        positions = positions if wanted is None else [positions[place] for place in wanted]
-        logits.clamp_(-1.0, 1.0)
-        for row, position in enumerate(positions):
-            logits[row, self.script[position + 1] if position + 1 < len(self.script) else 1] = 9.0
-        return logits
+        positions = step.positions if wanted is None else step.positions[wanted]
+        return self._say(logits, positions.to(logits.device))
+
+    def recorded(self, forward: Forward) -> Forward:
+        """The same for a forward of decode.py."""
+        return lambda tokens, positions, cache: self._say(forward(tokens, positions, cache), positions)
+
+    def _say(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        said = self._script[positions + 1]
+        return logits.clamp_(-1.0, 1.0).scatter_(1, said[:, None], 9.0)
 
 
 def read_texts(file: str) -> list[dict]:
     """Records with instruction, response and perhaps context. Raises SettingError with the line."""
-    texts = []
-    try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")  # a text may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"--data {file}: cannot be read ({type(error).__name__})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            raise SettingError(f"--data {file}, line {number}: not JSON") from None
-        names = ("instruction", "response")
-        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in names):
-            raise SettingError(f"--data {file}, line {number}: needs the texts instruction and response")
-        texts.append(record)
+
+    def wrong(record: dict) -> str | None:
+        texts = all(isinstance(record.get(name), str) for name in ("instruction", "response"))
+        return None if texts else "needs the texts instruction and response"
+
+    texts = read_json_lines(Path(file), wrong)
     if not texts:
-        raise SettingError(f"--data {file}: holds no records")
+        raise SettingError(f"{file}: holds no records")
     return texts
+
+
+def encoded(
+    tokenizer: DollyTokenizer, texts: list[dict], seed: int | None, longest: int
+) -> Iterator[tuple[dict, list[int], int]]:
+    """(record, ids, length of the prompt) of those whose prompt has at most `longest` tokens, drawn by `seed`."""
+    texts = list(texts)
+    if seed is not None:
+        random.Random(seed).shuffle(texts)
+    for record in texts:
+        ids, begin = tokenizer.encode_example(record["instruction"], record.get("context"), record["response"])
+        if begin <= longest:
+            yield record, ids, begin
 
 
 def choose(
     tokenizer: DollyTokenizer, texts: list[dict], count: int, longest: int, seed: int
 ) -> dict[str, list[tuple[list[int], int]]]:
     """For each kind at most `count` examples (ids, length of the prompt), answers cut to `longest` tokens."""
-    shuffled = list(texts)
-    random.Random(seed).shuffle(shuffled)
     chosen: dict[str, list[tuple[list[int], int]]] = {kind: [] for kind in KINDS}
-    for record in shuffled:
+    for record, ids, begin in encoded(tokenizer, texts, seed, _LONGEST_PROMPT):
         examples = chosen["context" if record.get("context") else "free"]
-        if len(examples) < count:
-            ids, begin = tokenizer.encode_example(record["instruction"], record.get("context"), record["response"])
-            if begin <= _LONGEST_PROMPT and len(ids) - begin >= _LEAST_ANSWER:
-                examples.append((ids[: begin + longest], begin))
+        if len(examples) < count and len(ids) - begin >= _LEAST_ANSWER:
+            examples.append((ids[: begin + longest], begin))
     return chosen
 
 
-def measure(run: Bench) -> dict:
-    """A row for each format and kind of text: seconds behind the first token, without and with guessing."""
+def measure(run: Bench) -> None:
+    """`lookup`: a row for each format and kind of text, seconds behind the first token without and with guessing."""
     from ..checkpoint import read_tokenizer
-    from .limits import disturbances, spread
 
     settings = run.settings
     if settings.model is None and settings.tokenizer is None:
@@ -108,27 +124,43 @@ def measure(run: Bench) -> dict:
     chosen = choose(
         tokenizer, read_texts(settings.data), settings.records or _RECORDS, settings.new_tokens, settings.seed
     )
-    rows = []
+    run.expect(f"{name}, {kind} text" for name, _ in run.formats() for kind in KINDS if chosen[kind])
+    rows: list[dict] = []
+    run.found["lookup"] = {"rows": rows}
     for number_format, dtype in run.formats():
-        found = run.child(run.job("dolly", number_format, dtype=dtype, lookup=chosen))
-        for kind, one in found["kinds"].items():
-            plain, guessing = spread(one["plain_s"]), spread(one["guessing_s"])
-            rows.append({
-                "format": number_format, "kind": kind, **one, "plain_s": plain, "guessing_s": guessing,
-                "times_plain": plain["median"] / guessing["median"],
-                "disturbed": disturbances({"plain": plain, "guessing": guessing}, found),
-            })  # fmt: skip
-    return {"rows": rows}
+        before = list(rows)
+
+        def keep(result: dict, before: list[dict] = before, number_format: str = number_format) -> None:
+            rows[:] = [*before, *(_row(number_format, kind, one, result) for kind, one in result["kinds"].items())]
+            run.has(f"{number_format}, {kind} text" for kind in result["kinds"])
+
+        keep(run.child(run.job("dolly", number_format, dtype=dtype, lookup=chosen), partial=keep))
+
+
+def _row(number_format: str, kind: str, one: dict, result: dict) -> dict:
+    from .limits import disturbances, spread
+
+    plain, guessing = spread(one["plain_s"]), spread(one["guessing_s"])
+    return {
+        "format": number_format, "kind": kind, **one, "plain_s": plain, "guessing_s": guessing,
+        "times_plain": plain["median"] / guessing["median"],
+        "disturbed": disturbances({"plain": plain, "guessing": guessing}, result),
+    }  # fmt: skip
 
 
 def run_lookup(engine: Engine, job: dict) -> dict:
     """In the child: every example without and with guessing in turn, one at a time."""
-    net = engine.net
-    kinds = {}
+    net = Scripted(engine.net, engine.device, engine.window)
+    engine.net = net
+    if engine.decoder is not None:
+        engine.decoder.net = net
+        engine.decoder.forwards = [(name, net.recorded(forward)) for name, forward in engine.decoder.forwards]
+    kinds: dict[str, dict] = {}
     for kind, examples in job["lookup"].items():
         if not examples:
             continue
-        _answer(engine, net, examples[0], True)  # warm-up; the engine also learns what passes cost
+        for guessing in (False, True):
+            _answer(engine, net, examples[0], guessing)  # warm-up; the engine also learns what passes cost
         times: dict[bool, list[float]] = {False: [], True: []}
         for number in range(job["repeats"]):
             peers.say(f"{kind} text: {number + 1} of {job['repeats']}")
@@ -143,17 +175,18 @@ def run_lookup(engine: Engine, job: dict) -> dict:
             "guessed": guessed, "accepted": accepted, "accepted_share": accepted / guessed if guessed else None,
             "passes_per_token": sum(one.decode_steps for _, one in stats[True]) / max(1, tokens),
         }  # fmt: skip
+        peers.tell({"kinds": kinds})
     return {"kinds": kinds}
 
 
-def _answer(engine: Engine, net: NeoX, example: tuple[list[int], int], guessing: bool) -> tuple[float, Any]:
+def _answer(engine: Engine, net: Scripted, example: tuple[list[int], int], guessing: bool) -> tuple[float, Any]:
     """Seconds from the first token of the scripted answer to its last, and what the run did."""
     from ..engine import Request, RunStats
     from ..guess import PromptLookup
     from ..sampling import Sampling
 
     ids, begin = example
-    engine.net = Scripted(net, ids)
+    net.follow(ids)
     stats, moments, made = RunStats(), [], []
     request = Request(
         ids[:begin], len(ids) - begin, Sampling(do_sample=False), guesser=PromptLookup if guessing else None

@@ -40,6 +40,7 @@ class BenchSettings:
     quality: bool = False
     cold: bool = False
     lookup: bool = False
+    draft: str | None = None
     data: str | None = None
     tokenizer: str | None = None
     records: int | None = None
@@ -56,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--quality", action="store_true", help="what quantisation does to the model's predictions")
     what.add_argument("--cold", action="store_true", help="from the start of a process to its first token, by phase")
     what.add_argument("--lookup", action="store_true", help="guessing from the prompt, on the records of --data")
+    what.add_argument("--draft", metavar="SHAPE_OR_DIR", help="how often this model's guesses must be right to pay")
     how = parser.add_argument_group("how")
     how.add_argument("--device", help="cpu or cuda:N (default: first GPU, else CPU)")
     how.add_argument("--dtype", help="bf16, fp16, fp32, or several with commas (default: what suits the device)")
@@ -90,7 +92,8 @@ def settings_of(options: argparse.Namespace) -> BenchSettings:
         raise SettingError(
             f"--shape {options.shape} and the model {options.model} exclude each other; give one of them"
         )
-    modes = [name for name in ("mixed", "quality", "cold", "lookup") if getattr(options, name) not in (None, False)]
+    names = ("mixed", "quality", "cold", "lookup", "draft")
+    modes = [name for name in names if getattr(options, name) not in (None, False)]
     if len(modes) > 1:
         raise SettingError(f"--{modes[0]} and --{modes[1]} are measurements of their own; give one of them")
     if options.quality and not options.model:
@@ -119,8 +122,8 @@ def settings_of(options: argparse.Namespace) -> BenchSettings:
         peer_python=_interpreters(options.peer_python), gguf=_existing("--gguf", options.gguf),
         threads=options.threads, repeats=options.repeats, prompt_tokens=options.prompt_tokens, new_tokens=longest,
         mixed=options.mixed, slots=options.slots, quality=options.quality, cold=options.cold, lookup=options.lookup,
-        data=_existing("--data", options.data), tokenizer=_existing("--tokenizer", options.tokenizer),
-        records=options.records, keep=options.keep, seed=options.seed,
+        draft=options.draft, data=_existing("--data", options.data), records=options.records, keep=options.keep,
+        tokenizer=_existing("--tokenizer", options.tokenizer), seed=options.seed,
     )  # fmt: skip
 
 

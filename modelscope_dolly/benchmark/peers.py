@@ -4,7 +4,8 @@
 
 This file runs under interpreters that have neither this package nor its dependencies: it imports the standard library
 at the top, and an engine's own packages where the engine is made. What it finds goes to standard output, one JSON
-object per line: {"phase": text} while it works, {"result": {...}} at the end.
+object per line: {"phase": text} while it works, {"partial": {...}} with all that is measured so far, {"result": {...}}
+at the end.
 
 Two ways of working, both through what a user of the engine would call:
     speed   prompts of equal length in a batch, the same number of new tokens each
@@ -16,11 +17,14 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 #: (prompts, number of new tokens) -> (ids of each answer, seconds from the call until each step was done).
@@ -29,6 +33,54 @@ Generate = Callable[[list[list[int]], int], tuple[list[list[int]], list[float]]]
 
 def say(phase: str) -> None:
     print(json.dumps({"phase": phase}), flush=True)
+
+
+def tell(partial: dict) -> None:
+    """What is measured so far, in case this process is stopped before its end."""
+    print(json.dumps({"partial": partial}), flush=True)
+
+
+def read_job() -> dict:
+    """From the command line, or the first line of standard input: the prompts may be too long for the former.
+
+    Where it came from standard input, this process and its children end when that is closed. The parent kills them too;
+    but it may itself be killed, or be interrupted before it knows that this process exists.
+    """
+
+    def wait() -> None:
+        os.read(0, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    if len(sys.argv) > 1:
+        return json.loads(sys.argv[1])
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=wait, daemon=True).start()
+    return job
+
+
+def on_gpu(job: dict) -> bool:
+    return job.get("device", "cpu").startswith("cuda")
+
+
+def peak(job: dict, reset: bool = False) -> int | None:
+    """Most bytes since the last reset: of GPU memory where that is where the engine works, as torch counts it.
+
+    None for an engine that takes it past torch, or in a process of its own.
+    """
+    if not on_gpu(job):
+        return peak_memory(reset)
+    cuda = sys.modules["torch"].cuda if "torch" in sys.modules else None
+    if cuda is None or not cuda.is_initialized():
+        return None
+    most = cuda.max_memory_allocated(job["device"])
+    if reset:
+        cuda.reset_peak_memory_stats(job["device"])
+    return most or None
+
+
+def warm_up(job: dict, longest: int) -> int:
+    """New tokens of a warm-up: two; on a GPU as many as are measured, since what is compiled there fits one length."""
+    return longest if on_gpu(job) else 2
 
 
 def peak_memory(reset: bool = False) -> int:
@@ -44,26 +96,24 @@ def peak_memory(reset: bool = False) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure(job: dict, generate: Generate) -> list[dict]:
-    """Time `generate` on each batch: one short warm-up, then `repeats` times. Seconds, one value per repeat."""
-    rows = []
+def measure(job: dict, generate: Generate) -> Iterator[dict]:
+    """Time `generate` on each batch: a warm-up, then `repeats` times. Seconds, one value per repeat."""
     for batch, prompts in job["prompts"].items():
         say(f"batch {batch}: warm-up")
-        generate(prompts, 2)
+        generate(prompts, warm_up(job, job["new_tokens"]))
         first, steps, answers = [], [], []
         for number in range(job["repeats"]):
             say(f"batch {batch}: {number + 1} of {job['repeats']}")
             answers, times = generate(prompts, job["new_tokens"])
             first.append(times[0])
             steps.append((times[-1] - times[0]) / max(1, len(times) - 1))
-        rows.append({"batch": int(batch), "first_token_s": first, "step_s": steps, "answers": answers})
-    return rows
+        yield {"batch": int(batch), "first_token_s": first, "step_s": steps, "answers": answers}
 
 
 def run_mixed(job: dict, generate: Generate) -> dict:
     """Static batches: each works until its longest answer is done. Answers are as long as the job says."""
     requests, size = job["requests"], job["slots"]
-    generate([ids for ids, _ in requests[:size]], 2)
+    generate([ids for ids, _ in requests[:size]], warm_up(job, max(new for _, new in requests)))
     seconds = []
     for number in range(job["repeats"]):
         begin = time.perf_counter()
@@ -88,7 +138,9 @@ def load_hf(job: dict) -> Generate:
     logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtypes[job["format"]]).to(job["device"]).eval()
+    # straight onto the GPU: a copy in host memory first may not fit there
+    place = {"": job["device"]} if on_gpu(job) else None
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtypes[job["format"]], device_map=place).eval()
     options = {"cache_implementation": "static"} if job["engine"] == "hf-compile" else {}
 
     class Clock(BaseStreamer):
@@ -164,6 +216,7 @@ def load_vllm(job: dict) -> Generate:
     engine = importlib.import_module("vllm")
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[job["format"]]
     longest = max(len(ids) for prompts in job["prompts"].values() for ids in prompts) + job["new_tokens"]
+    # on the first GPU that this process sees, which is the one that is measured
     model = engine.LLM(model=job["model"], dtype=dtype, max_model_len=longest + 8, enable_prefix_caching=False)
 
     def call(prompts: list[list[int]], new: int) -> list[list[int]]:
@@ -196,7 +249,7 @@ def run_llamacpp(job: dict) -> dict:
         "-c",
         str(longest * (width + job["new_tokens"]) + 64),
     ]
-    command += ["--output-format", "jsonl"]
+    command += ["--output-format", "jsonl", "-ngl", "999" if on_gpu(job) else "0"]
     rows = {int(batch): {"batch": int(batch), "first_token_s": [], "step_s": []} for batch in job["prompts"]}
     for number in range(job["repeats"]):
         say(f"{number + 1} of {job['repeats']}")
@@ -208,45 +261,48 @@ def run_llamacpp(job: dict) -> dict:
                 found = json.loads(line)
                 rows[found["pl"]]["first_token_s"].append(found["t_pp"])
                 rows[found["pl"]]["step_s"].append(found["t_tg"] / found["tg"])
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"rows": list(rows.values()), "peak_bytes": peak, "version": None}
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"rows": list(rows.values()), "peak_bytes": None if on_gpu(job) else most, "version": None}
 
 
 LOADERS = {"hf": load_hf, "hf-compile": load_hf, "ctranslate2": load_ctranslate2, "vllm": load_vllm}
 #: The package without which an engine is not there.
 PACKAGES = {"hf": "transformers", "hf-compile": "transformers", "ctranslate2": "ctranslate2", "vllm": "vllm"}
-#: Number formats of an engine on a CPU; the first is measured where nothing else fits what was asked for.
+#: Number formats of an engine; the first is measured where nothing else fits what was asked for.
 FORMATS = {
     "hf": ("bf16", "fp32", "fp16"),
     "hf-compile": ("bf16", "fp32", "fp16"),
     "ctranslate2": ("int8", "fp32"),
-    "vllm": ("bf16", "fp32"),
+    "vllm": ("bf16", "fp32", "fp16"),
 }
+#: Formats that an engine knows on a GPU alone.
+GPU_FORMATS = {"ctranslate2": ("bf16", "fp16")}
 
 
 def run(job: dict, load: Callable[[dict], Generate]) -> dict:
     """Load, measure, and tell. Seconds and bytes; `load` may set job["began"] anew, behind what is done only once."""
-    peak_memory(reset=True)
+    peak(job, reset=True)
     job["began"] = time.perf_counter()
     say("loading")
     generate = load(job)
-    result = {"load_s": time.perf_counter() - job["began"], "load_peak_bytes": peak_memory(reset=True)}
-    if "requests" in job:
-        result |= run_mixed(job, generate)
-    else:
-        result["rows"] = measure(job, generate)
-    result["peak_bytes"] = peak_memory()
-    if job["device"].startswith("cuda") and "torch" in sys.modules:
-        result["peak_bytes"] = sys.modules["torch"].cuda.max_memory_allocated(job["device"])
+    result = {"load_s": time.perf_counter() - job["began"], "load_peak_bytes": peak(job, reset=True)}
+    result["held"] = job.get("held")
     package = PACKAGES.get(job["engine"])
     if package:
         result["version"] = importlib.import_module(package).__version__
+    if "requests" in job:
+        return result | run_mixed(job, generate) | {"peak_bytes": peak(job)}
+    result["rows"] = []
+    for row in measure(job, generate):
+        result["rows"].append(row)
+        result["peak_bytes"] = peak(job)
+        tell(result)
     return result
 
 
 if __name__ == "__main__":
     try:
-        given = json.loads(sys.argv[1])
+        given = read_job()
         if given.get("probe"):
             importlib.import_module(PACKAGES[given["engine"]])
         else:

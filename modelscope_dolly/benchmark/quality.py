@@ -7,8 +7,9 @@ KL(reference || format) in nats, how often the likeliest token is the same, and 
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
-import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,15 +18,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint import locate, read_config, read_tokenizer
-from ..errors import HardwareError, SettingError
-from ..hardware import choose_device, free_disk, free_memory, gigabytes, parse_dtype
-from ..loading import load
+from ..checkpoint import Checkpoint, locate, open_checkpoint
+from ..errors import SettingError
+from ..hardware import check_disk, free_memory
+from ..loading import held_bytes, load
 from ..neox import KVCache, NeoX, Step
-from ..plan import needs
 from .limits import machine
-from .lookup import read_texts
-from .process import progress
+from .lookup import encoded, read_texts
+from .process import Bench, progress
 
 if TYPE_CHECKING:
     from ..prompt import DollyTokenizer
@@ -73,8 +73,8 @@ class Text:
         return len(self.ids) - self.begin
 
 
-def compare(settings: BenchSettings) -> dict:
-    """The reference and every other format, one after the other, so that only one is in memory.
+def compare(run: Bench) -> None:
+    """`quality`: the reference and every other format, one after the other, so that only one is in memory.
 
     The reference is the first of --dtype, or fp32 where it fits, else bf16. The others are the rest of --dtype, bf16 as
     a yardstick where the reference is fp32, and --quantize.
@@ -82,52 +82,43 @@ def compare(settings: BenchSettings) -> dict:
     Raises:
         CheckpointError, HardwareError, SettingError.
     """
-    model = locate(settings.model, settings.revision)
-    config, tokenizer = read_config(model), read_tokenizer(model)
-    device = choose_device(settings.device).value
-    texts = choose_texts(tokenizer, settings)
-    count = sum(text.predicted for text in texts)
-    wanted = settings.dtypes or (_widest(config, device), "bf16")
+    settings, device = run.settings, run.device
+    checkpoint = open_checkpoint(locate(settings.model, settings.revision), verify=False)  # load() compares the files
+    texts = choose_texts(checkpoint.tokenizer, settings)
+    count, vocabulary = sum(text.predicted for text in texts), checkpoint.config.vocab_size
+    wanted = run.dtypes or (_widest(checkpoint, device), "bf16")
     reference, *others = dict.fromkeys(wanted)
-    for name in wanted:
-        parse_dtype(name)
     formats = [(name, name, None) for name in others]
     formats += [(name, reference, name) for name in settings.quantize if name != "none"]
-    need = count * config.vocab_size * 4
-    place = tempfile.gettempdir()
-    if need > (free := free_disk(place)):
-        raise HardwareError(f"{place}: {gigabytes(need)} are needed for logits, {gigabytes(free)} free; use --records")
-    with tempfile.NamedTemporaryFile(prefix="dolly-quality-") as file:
-        kept = torch.from_file(file.name, shared=True, size=count * config.vocab_size).view(count, -1)
-        reading = _Reading(model, device, settings.threads, texts, kept)
-        rows = [reading.reference(reference), *(reading.other(*one) for one in formats)]
-    return {
-        "model": str(model), "reference": reference, "records": len(texts), "tokens": count,
-        "data": settings.data or "built-in sample", "rows": rows,
-        "machine": machine(device, torch.get_num_threads()),
+    check_disk(tempfile.gettempdir(), count * vocabulary * 4, "what the reference predicts", "use --records")
+    rows: list[dict] = []
+    run.found["quality"] = {
+        "model": str(checkpoint.path), "reference": reference, "records": len(texts), "tokens": count,
+        "data": settings.data or "built-in sample", "rows": rows, "machine": machine(device, run.threads),
     }  # fmt: skip
+    run.expect([reference, *(name for name, _, _ in formats)])
+    with tempfile.NamedTemporaryFile(prefix="dolly-quality-") as file:
+        kept = torch.from_file(file.name, shared=True, size=count * vocabulary).view(count, -1)
+        reading = _Reading(checkpoint.path, device, settings.threads, texts, kept)
+        rows.append(reading.reference(reference))
+        run.has([reference])
+        for one in formats:
+            rows.append(reading.other(*one))
+            run.has([one[0]])
 
 
 def choose_texts(tokenizer: DollyTokenizer, settings: BenchSettings) -> list[Text]:
     """Examples of --data, drawn by --seed, or the built-in sample."""
-    records = list(SAMPLE if settings.data is None else read_texts(settings.data))
-    if settings.data is not None:
-        random.Random(settings.seed).shuffle(records)
-    texts = []
-    for record in records:
-        ids, begin = tokenizer.encode_example(record["instruction"], record.get("context"), record["response"])
-        if begin < _LONGEST:
-            texts.append(Text(ids[:_LONGEST], begin))
-        if len(texts) == (settings.records or _RECORDS):
-            break
+    records, seed = (list(SAMPLE), None) if settings.data is None else (read_texts(settings.data), settings.seed)
+    drawn = itertools.islice(encoded(tokenizer, records, seed, _LONGEST - 1), settings.records or _RECORDS)
+    texts = [Text(ids[:_LONGEST], begin) for _, ids, begin in drawn]
     if not texts:
-        raise SettingError(f"--data {settings.data}: every prompt is longer than {_LONGEST} tokens")
+        raise SettingError(f"--data {settings.data}: every prompt has {_LONGEST} tokens or more")
     return texts
 
 
-def _widest(config, device: torch.device) -> str:
-    need = next(row.weights for row in needs(config) if row.format == "fp32")
-    return "fp32" if need < 0.8 * free_memory(device) else "bf16"
+def _widest(checkpoint: Checkpoint, device: torch.device) -> str:
+    return "fp32" if held_bytes(checkpoint, torch.float32, device)[0] < 0.8 * free_memory(device) else "bf16"
 
 
 def log_probabilities(net: NeoX, device: torch.device, text: Text) -> torch.Tensor:
@@ -180,6 +171,9 @@ class _Reading:
     def _read(self, name: str, dtype: str, quantize: str | None) -> Iterator[tuple[Text, slice, torch.Tensor]]:
         """Each text, its rows in `kept`, and the log-probabilities of its answer's tokens."""
         progress(f"quality: loading {name}")
+        gc.collect()
+        if self.device.type == "cuda":  # what the last one took counts as taken until torch gives it back
+            torch.cuda.empty_cache()
         net = load(self.model, self.device, dtype, quantize=quantize, threads=self.threads).net
         row = 0
         for number, text in enumerate(self.texts, start=1):

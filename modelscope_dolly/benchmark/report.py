@@ -7,15 +7,25 @@ _NAMES = {"hf": "transformers", "hf-compile": "transformers, compiled", "llamacp
 
 def report(found: dict) -> str:
     """All that was measured, as text."""
-    if "quality" in found:
-        from .quality import report as quality_report
-
-        return quality_report(found["quality"])
-    lines = [_machine(found), ""]
-    for part, write in (("rows", _speed), ("mixed", _mixed), ("cold", _cold), ("lookup", _lookup)):
+    lines = [] if "quality" in found else [_machine(found), ""]
+    for part, write in _PARTS.items():
         if part in found:
             lines += write(found)
-    return "\n".join([*lines, *(["stopped before all was measured"] if "stopped" in found else [])])
+    return "\n".join([*lines, *_end(found)])
+
+
+def _end(found: dict) -> list[str]:
+    """Why a run ended early, and what it did not get to."""
+    if not found.get("not_measured"):
+        return []
+    why = f"stopped by {found['stopped']}" if "stopped" in found else "ended by an error"
+    return ["", f"{why}; not measured: {'; '.join(found['not_measured'])}"]
+
+
+def _quality(found: dict) -> list[str]:
+    from .quality import report as quality_report
+
+    return [quality_report(found["quality"])]
 
 
 def _machine(found: dict) -> str:
@@ -23,7 +33,9 @@ def _machine(found: dict) -> str:
     threads = f"{machine['threads']} threads, " if machine["kind"] == "cpu" else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if name != "python")
     extra = f" ({', '.join(machine['instructions'])})" if machine["instructions"] and machine["kind"] == "cpu" else ""
-    return f"{machine['device']}{extra}, {threads}{versions}; {found['date']}"
+    gpu = machine.get("gpu")
+    driver = f", driver {gpu['driver']}, CUDA {gpu['cuda']}" if gpu else ""
+    return f"{machine['device']}{extra}{driver}, {threads}{versions}; {found['date']}"
 
 
 def _speed(found: dict) -> list[str]:
@@ -31,8 +43,8 @@ def _speed(found: dict) -> list[str]:
     peaks = ", ".join(f"{name} {peak['max'] / 1e12:.2f}" for name, peak in limit["matrix"].items())
     lines = [
         f"{settings['shape'] or settings['model']}: {settings['prompt_tokens']} prompt and {settings['new_tokens']} "
-        f"new tokens, greedy, medians of {settings['repeats']}",
-        f"limit: reads {limit['bandwidth']['max'] / 1e9:.1f} GB/s, matrix product in TFLOP/s: {peaks}"
+        f"new tokens, greedy, {_repeats(settings)}",
+        f"limit: reads {limit['bandwidth']['max'] / 1e9:.1f} GB/s{_copy(limit)}, matrix product in TFLOP/s: {peaks}"
         + "".join(f"   ~ {note}" for note in limit["disturbed"]),
         "",
     ]
@@ -49,9 +61,26 @@ def _speed(found: dict) -> list[str]:
     lines.append(
         "of bandw.: bytes of weights per step / bandwidth / time; of peak: the prompt's products beside the limit"
     )
+    held = dict.fromkeys(row["format"] for row in rows if row.get("held") not in (None, row["format"]))
+    lines += [f"dolly {name}: linear weights stay in bf16, as stored, and are multiplied in {name}" for name in held]
     lines += [f"{_NAMES.get(row['engine'], row['engine'])} {row['format']} failed: {row['error']}"
               for row in found["rows"] if "error" in row]  # fmt: skip
     return lines + _missing(found["missing"])
+
+
+def _repeats(settings: dict) -> str:
+    return f"medians of {settings['repeats']}" if settings["repeats"] > 1 else "each measured once"
+
+
+def _copy(limit: dict) -> str:
+    """Of a GPU, what is commonly quoted as its bandwidth."""
+    copy = limit["bandwidth"].get("copy")
+    return f" (copies {copy['max'] / 1e9:.1f} GB/s, read and written bytes)" if copy else ""
+
+
+def _spread(figure: dict) -> str:
+    """Half the distance of slowest and fastest; one repeat has none."""
+    return f" ±{figure['spread'] * 50:.0f}%" if len(figure["values"]) > 1 else ""
 
 
 def _notes(notes: list[str]) -> list[str]:
@@ -67,10 +96,14 @@ def _cells(row: dict) -> tuple[str, ...]:
         _NAMES.get(row["engine"], row["engine"]), row["format"], str(row["batch"]), _number(row["load_s"], 1),
         _number(row["first_token_s"]["median"], 2), _number(row["prefill_tokens_per_s"], 0),
         _number(row.get("prefill_times_hf"), 2), _share(row.get("share_of_matrix_peak")),
-        f"{row['step_s']['median'] * 1000:.1f} ±{row['step_s']['spread'] * 50:.0f}%", _number(row["tokens_per_s"], 2),
+        f"{row['step_s']['median'] * 1000:.1f}{_spread(row['step_s'])}", _number(row["tokens_per_s"], 2),
         _number(row.get("times_hf"), 2), _share(row["share_of_bandwidth"]),
-        _number(row["peak_bytes"] / 1e9 if row["peak_bytes"] else None, 1),
+        _peak(row),
     )  # fmt: skip
+
+
+def _peak(row: dict) -> str:
+    return _number(row["peak_bytes"] / 1e9 if row["peak_bytes"] else None, 1)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -98,31 +131,38 @@ def _mixed(found: dict) -> list[str]:
     lengths = sorted(part["lengths"])
     lines = [
         f"{len(lengths)} requests, answers of {lengths[0]} to {lengths[-1]} tokens (median "
-        f"{lengths[len(lengths) // 2]}, all together {sum(lengths)}), {part['slots']} at once",
+        f"{lengths[len(lengths) // 2]}, all together {sum(lengths)}), {part['slots']} at once, "
+        f"{_repeats(found['settings'])}",
         "",
     ]
     table = [("engine", "format", "seconds", "requests/s", "tok/s", "x hf", "useful steps")]
     for row in part["rows"]:
         table.append((
-            _NAMES.get(row["engine"], row["engine"]), row["format"], _number(row["seconds"]["median"], 1),
+            _NAMES.get(row["engine"], row["engine"]), row["format"],
+            _number(row["seconds"]["median"], 1) + _spread(row["seconds"]),
             _number(row["requests_per_s"], 3), _number(row["tokens_per_s"], 2), _number(row.get("times_hf"), 2),
             _share(row["useful_share"]),
         ))  # fmt: skip
     notes = ["", *(f"   ~ {', '.join(row['disturbed'])}" for row in part["rows"])]
     lines += [line + note for line, note in zip(columns(table), _notes(notes), strict=True)]
-    return [*lines, "", "useful steps: tokens that were wanted / steps of a slot, idle ones included"]
+    lines += ["", "useful steps: tokens that were wanted / steps of a slot, idle ones included"]
+    if any("times_hf" in row for row in part["rows"]):
+        lines.append("x hf: requests/s over those of transformers' eager static batches; above 1 is faster")
+    return lines + _missing(part["missing"])
 
 
 def _cold(found: dict) -> list[str]:
-    names = list(found["cold"][0]["phases"])
+    rows = found["cold"]["rows"]
+    names = list(rows[0]["phases"])
     table = [("format", "files from", *(f"{name.replace('_', ' ')} s" for name in names), "first token s", "peak GB")]
-    for row in found["cold"]:
+    for row in rows:
         phases = (_number(row["phases"][name]["median"], 2) for name in names)
-        total, peak = _number(row["total"]["median"], 2), _number(row["peak_bytes"] / 1e9, 1)
+        total, peak = _number(row["total"]["median"], 2) + _spread(row["total"]), _peak(row)
         table.append((row["format"], row["files_from"], *phases, total, peak))
-    notes = ["", *(f"   ~ {', '.join(row['disturbed'])}" for row in found["cold"])]
+    notes = ["", *(f"   ~ {', '.join(row['disturbed'])}" for row in rows)]
     lines = [line + note for line, note in zip(columns(table), _notes(notes), strict=True)]
-    return ["from the start of a process to its first token; check: SHA-256 of every file of the manifest", "", *lines]
+    head = f"from the start of a process to its first token, {_repeats(found['settings'])}; "
+    return [f"{head}check: SHA-256 of every file of the manifest", "", *lines]
 
 
 def _lookup(found: dict) -> list[str]:
@@ -135,3 +175,27 @@ def _lookup(found: dict) -> list[str]:
         ))  # fmt: skip
     notes = ["", *(f"   ~ {', '.join(row['disturbed'])}" for row in found["lookup"]["rows"])]
     return [line + note for line, note in zip(columns(table), _notes(notes), strict=True)]
+
+
+def _draft(found: dict) -> list[str]:
+    rows = found["draft"]["rows"]
+    rates = list(rows[0]["times_plain"])
+    headings = ("format", "guesses", "plain ms", "draft ms", "verify ms", "pays from")
+    table = [(*headings, *(f"x at {rate:.0%}" for rate in rates))]
+    for row in rows:
+        times = (_number(row[name]["median"] * 1000, 1) for name in ("plain_s", "draft_s", "verify_s"))
+        gains = (_number(row["times_plain"][rate], 2) for rate in rates)
+        pays = _share(row["pays_from"]) if row["pays_from"] is not None else "never"
+        table.append((row["format"], str(row["guesses"]), *times, pays, *gains))
+    notes = ["", *(f"   ~ {', '.join(row['disturbed'])}" for row in rows)]
+    lines = [f"guesses of {found['draft']['draft']}, {_repeats(found['settings'])}", ""]
+    lines += [line + note for line, note in zip(columns(table), _notes(notes), strict=True)]
+    return [
+        *lines, "",
+        "pays from: share of guesses that must be right to be as fast as plain decoding; x: times its speed",
+        "how often they are right depends on models and text: it was not measured, and random weights cannot say",
+    ]  # fmt: skip
+
+
+#: What may be in the figures, and who writes it.
+_PARTS = {"rows": _speed, "mixed": _mixed, "cold": _cold, "lookup": _lookup, "draft": _draft, "quality": _quality}

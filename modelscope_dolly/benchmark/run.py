@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from ..errors import DollyError, SettingError
+from ..errors import DollyError
 from ..hardware import DTYPES, free_memory, gigabytes
-from ..plan import needs
+from ..plan import weight_bytes
 from . import limits, peers
 from .limits import disturbances, spread
 from .options import ENGINES, BenchSettings
@@ -30,33 +29,55 @@ def bench(settings: BenchSettings, found: dict | None = None) -> dict:
         found: is filled as figures come in, so that those of a run that is stopped are not lost.
 
     Returns:
-        command, date, machine, settings, limits; then `rows` and `missing` (speed), `mixed`, `cold`, `lookup` or
-        `quality`. Seconds and bytes unless a name says otherwise.
+        command, date, machine, settings, limits; then `rows` and `missing` (speed), `mixed`, `cold`, `lookup`, `draft`
+        or `quality`. Seconds and bytes unless a name says otherwise.
 
     Raises:
         DollyError: our own engine cannot do it, or a setting is wrong. A peer that fails has an `error` in its row.
     """
-    if settings.quality:
-        from .quality import compare
-
-        return {**_record(settings), "quality": compare(settings)}
-    run, found = Bench(settings), {} if found is None else found
+    run = Bench(settings, found)
+    run.found |= _record(settings)
     try:
-        with run.weights():
-            found |= {**_record(settings), "machine": limits.machine(run.device, run.threads)}
-            found["dtypes"], found["device"] = list(run.dtypes), str(run.device)
-            if settings.cold:
-                found["cold"] = cold(run)
-            elif settings.mixed:
-                found["mixed"] = mixed(run)
-            elif settings.lookup:
-                found["lookup"] = lookup(run)
-            else:
-                found["limits"] = measure_limits(run)
-                speed(run, found)
-            return found
+        if settings.quality:
+            from .quality import compare as compare_quality
+
+            compare_quality(run)
+        else:
+            with run.weights():
+                run.found |= {
+                    "machine": limits.machine(run.device, run.threads), "dtypes": list(run.dtypes),
+                    "device": str(run.device),
+                }  # fmt: skip
+                _mode(run)
+        assert not run.found.pop("not_measured", None), "something was not measured, and nothing said so"
+        return run.found
     finally:
         progress(None)
+
+
+def _mode(run: Bench) -> None:
+    if run.settings.cold:
+        from .start import measure as cold
+
+        cold(run)
+    elif run.settings.mixed:
+        mixed(run)
+    elif run.settings.lookup:
+        from .lookup import measure as lookup
+
+        lookup(run)
+    elif run.settings.draft:
+        from .drafting import measure as draft
+
+        draft(run)
+    else:
+        speed(run)
+
+
+def figures(found: dict) -> bool:
+    """Whether a run that ended early has measured anything."""
+    rows = (found, *(found.get(mode, {}) for mode in ("mixed", "cold", "lookup", "draft", "quality")))
+    return any(part.get("rows") for part in rows)
 
 
 def _record(settings: BenchSettings) -> dict:
@@ -68,44 +89,56 @@ def _record(settings: BenchSettings) -> dict:
 
 
 def measure_limits(run: Bench) -> dict:
-    """Bandwidth in bytes/s, and operations/s of torch's matrix product in each number type."""
-    import torch
-
-    torch.set_num_threads(run.threads)
-    progress("the machine's limit: bandwidth")
-    found: dict = {"bandwidth": limits.read_bandwidth(run.device), "matrix": {}}
-    for name in run.dtypes:
-        progress(f"the machine's limit: matrix product in {name}")
-        found["matrix"][name] = limits.matrix_peak(run.device, DTYPES[name])
-    found["disturbed"] = disturbances({"bandwidth": found["bandwidth"], **found["matrix"]}, {})
-    return found
+    """What limits.run_limits finds, in a process of its own: on a GPU its memory is then free again."""
+    found = run.child(run.job("the machine's", "limit", limits=list(run.dtypes)))
+    named = {"bandwidth": found["bandwidth"], **found["matrix"]}
+    return {**{name: found[name] for name in ("bandwidth", "matrix")}, "disturbed": disturbances(named, found)}
 
 
-def speed(run: Bench, found: dict) -> None:
-    """`rows`, one per engine, format and batch, and `missing`, the peers that are not there with the reason."""
-    jobs, found["missing"] = _jobs(run)
-    rows = found["rows"] = []
-    prompts = {str(batch): run.prompts(batch) for batch in run.settings.batches}
+def speed(run: Bench) -> None:
+    """`limits`; `rows`, one per engine, format and batch; `missing`, the peers that are not there, and why."""
+    run.found["limits"] = measure_limits(run)
+    jobs, run.found["missing"] = peer_jobs(run)
+    rows = run.found["rows"] = []
+    batches = run.settings.batches
+    run.expect(_name(engine, name, batch) for engine, name, _, _ in jobs for batch in batches)
+    prompts = {str(batch): run.prompts(batch) for batch in batches}
+    try:
+        _speed_rows(run, jobs, prompts)
+    finally:
+        for row in rows:
+            row.pop("answers", None)
+
+
+def _speed_rows(run: Bench, jobs: list[tuple[str, str, str, str]], prompts: dict[str, list[list[int]]]) -> None:
+    rows = run.found["rows"]
     for engine, number_format, dtype, program in jobs:
         extra = {"prompts": prompts, "new_tokens": run.settings.new_tokens, "dtype": dtype}
         if engine == "llamacpp":
             extra |= {"program": program, "gguf": run.settings.gguf}
+        before = list(rows)
+
+        def keep(result: dict, before: list = before, engine: str = engine, number_format: str = number_format) -> None:
+            rows[:] = [*before, *(_row(run, engine, number_format, one, result) for one in result["rows"])]
+            compare(rows, run.dtypes[0])
+            run.has(_name(engine, number_format, one["batch"]) for one in result["rows"])
+
         try:
             if engine != "dolly":
                 _check_memory(run, engine, dtype)
-            result = run.child(run.job(engine, number_format, **extra), _interpreter(engine, program))
+            keep(run.child(run.job(engine, number_format, **extra), _interpreter(engine, program), keep))
         except DollyError as error:
             if engine == "dolly":
                 raise
             rows.append({"engine": engine, "format": number_format, "error": str(error)})
-            continue
-        rows += [_row(run, engine, number_format, one, result, found["limits"]) for one in result["rows"]]
-        compare(rows, run.dtypes[0])
-    for row in rows:
-        row.pop("answers", None)
+            run.has(_name(engine, number_format, batch) for batch in run.settings.batches)
 
 
-def _jobs(run: Bench) -> tuple[list[tuple[str, str, str, str]], dict[str, str]]:
+def _name(engine: str, number_format: str, batch: int) -> str:
+    return f"{engine} {number_format} at batch {batch}"
+
+
+def peer_jobs(run: Bench) -> tuple[list[tuple[str, str, str, str]], dict[str, str]]:
     """(engine, format, number type, interpreter) of all rows, ours first; and the peers that are missing."""
     jobs = [("dolly", name, dtype, sys.executable) for name, dtype in run.formats()]
     missing = {}
@@ -122,6 +155,8 @@ def _jobs(run: Bench) -> tuple[list[tuple[str, str, str, str]], dict[str, str]]:
             jobs.append((engine, Path(run.settings.gguf).stem, run.dtypes[0], program))
             continue
         known = peers.FORMATS[engine]
+        if run.device.type == "cuda":
+            known = (*peers.GPU_FORMATS.get(engine, ()), *known)
         quantised = () if engine.startswith("hf") else tuple(name for name in run.settings.quantize if name in known)
         wanted = quantised or [name for name in run.dtypes if name in known] or known[:1]
         jobs += [(engine, name, name, program) for name in wanted]
@@ -134,6 +169,8 @@ def _missing(run: Bench, engine: str, program: str | None) -> str | None:
         if program is None or run.settings.gguf is None:
             return "give --peer-python llamacpp=/path/llama-batched-bench and --gguf FILE"
         return None
+    if engine == "hf-compile" and run.device.type == "cpu":
+        return "its steps are compiled on a GPU only"
     progress(f"looking for {engine}")
     probe = [program, peers.__file__, f'{{"engine": "{engine}", "probe": true}}']
     if subprocess.run(probe, capture_output=True).returncode == 0:
@@ -146,22 +183,25 @@ def _interpreter(engine: str, program: str) -> str:
 
 
 def _check_memory(run: Bench, engine: str, dtype: str) -> None:
-    """A peer that does not fit would be killed by the system, and perhaps something else with it."""
+    """A peer that does not fit would be killed by the system, and perhaps something else with it.
+
+    On a GPU it ends with an error of its own, and nothing else does.
+    """
     if run.device.type != "cpu" or engine == "llamacpp":
         return
-    need = next((row.weights for row in needs(run.config) if row.format == dtype.replace("fp16", "bf16")), 0)
-    if need > (free := free_memory()):
+    if (need := weight_bytes(run.config, DTYPES[dtype].itemsize)) > (free := free_memory()):
         raise DollyError(f"the weights need {gigabytes(need)} in {dtype}, {gigabytes(free)} are free")
 
 
-def _row(run: Bench, engine: str, number_format: str, one: dict, result: dict, limit: dict) -> dict:
+def _row(run: Bench, engine: str, number_format: str, one: dict, result: dict) -> dict:
     """Figures of one batch, and their shares of the limit, which is the best of its repeats: it is what can be had."""
+    limit = run.found["limits"]
     batch, step, first = one["batch"], spread(one["step_s"]), spread(one["first_token_s"])
     prompt_tokens = batch * run.settings.prompt_tokens
     row = {
-        "engine": engine, "format": number_format, "batch": batch, "version": result.get("version"),
-        "load_s": result.get("load_s"), "load_peak_bytes": result.get("load_peak_bytes"),
-        "peak_bytes": result.get("peak_bytes"), "first_token_s": first, "step_s": step,
+        "engine": engine, "format": number_format, "held": result.get("held"), "batch": batch,
+        **{name: result.get(name) for name in ("version", "load_s", "load_peak_bytes", "peak_bytes")},
+        "first_token_s": first, "step_s": step,
         "prefill_tokens_per_s": prompt_tokens / first["median"], "tokens_per_s": batch / step["median"],
         "answers": one.get("answers"), "disturbed": disturbances({"first token": first, "step": step}, result),
     }  # fmt: skip
@@ -171,7 +211,7 @@ def _row(run: Bench, engine: str, number_format: str, one: dict, result: dict, l
         table = run.config.vocab_size * run.config.hidden_size
         size = Path(run.settings.gguf).stat().st_size * linear / (linear + table)
     else:
-        size = limits.bytes_per_step(run.config, number_format)
+        size = limits.bytes_per_step(run.config, number_format, result.get("held"))
     row["bytes_per_step"] = size
     row["share_of_bandwidth"] = size / limit["bandwidth"]["max"] / step["median"]
     peak = limit["matrix"].get(number_format)
@@ -214,16 +254,20 @@ def answer_lengths(run: Bench) -> list[int]:
     return [round(math.exp(run.rng.uniform(low, high))) for _ in range(run.settings.mixed)]
 
 
-def mixed(run: Bench) -> dict:
-    """Requests per second and the share of slot steps that made a wanted token: our slots, HF's static batches."""
+def mixed(run: Bench) -> None:
+    """`mixed`: requests per second, and the share of slot steps that made a wanted token.
+
+    Our slots beside the static batches of transformers.
+    """
     lengths = answer_lengths(run)
     requests = [(run.prompts(1)[0], length) for length in lengths]
     extra = {"requests": requests, "slots": run.settings.slots}
-    jobs, missing = _jobs(run)
-    rows = []
+    jobs, missing = peer_jobs(run)
+    jobs = [job for job in jobs if job[0] in ("dolly", "hf", "hf-compile")]
+    rows: list[dict] = []
+    run.found["mixed"] = {"lengths": lengths, "slots": run.settings.slots, "rows": rows, "missing": missing}
+    run.expect(f"{engine} {number_format}" for engine, number_format, _, _ in jobs)
     for engine, number_format, dtype, program in jobs:
-        if engine not in ("dolly", "hf", "hf-compile"):
-            continue
         result = run.child(run.job(engine, number_format, dtype=dtype, **extra), program)
         seconds = spread(result["seconds"])
         rows.append({
@@ -233,59 +277,7 @@ def mixed(run: Bench) -> dict:
             "useful_share": result["useful_steps"] / result["slot_steps"],
             "disturbed": disturbances({"time": seconds}, result),
         })  # fmt: skip
-    yardstick = next((row for row in rows if row["engine"] == "hf"), None)
-    for row in rows:
-        if yardstick:
+        run.has([f"{engine} {number_format}"])
+        yardstick = next((row for row in rows if row["engine"] == "hf"), None)
+        for row in rows if yardstick else ():
             row["times_hf"] = row["requests_per_s"] / yardstick["requests_per_s"]
-    return {"lengths": lengths, "slots": run.settings.slots, "rows": rows, "missing": missing}
-
-
-def cold(run: Bench) -> list[dict]:
-    """Start to first token by phase, from the system's file cache and from disk; each repeat is a new process."""
-    rows = []
-    for number_format, dtype in run.formats():
-        for source in ("memory", "disk"):
-            starts = []
-            for number in range(run.settings.repeats):
-                progress(f"dolly {number_format}: start {number + 1} of {run.settings.repeats}, files from {source}")
-                if not _prepare_cache(run.model, drop=source == "disk"):
-                    break
-                starts.append(run.child(run.job("dolly", number_format, dtype=dtype, prompt=run.prompts(1)[0])))
-            if starts:
-                rows.append(_cold_row(number_format, source, starts))
-    return rows
-
-
-def _cold_row(number_format: str, source: str, starts: list[dict]) -> dict:
-    phases = {name: spread([one["phases"][name] for one in starts]) for name in starts[0]["phases"]}
-    total = spread([sum(one["phases"].values()) for one in starts])
-    others = max(one["others_cpus"] for one in starts)
-    return {
-        "format": number_format, "files_from": source, "phases": phases, "total": total,
-        "peak_bytes": max(one["peak_bytes"] for one in starts),
-        "disturbed": disturbances({"total": total}, {"others_cpus": others}),
-    }  # fmt: skip
-
-
-def _prepare_cache(model: Path, drop: bool) -> bool:
-    """Put the weights into the system's file cache, or out of it; False where the system offers no way out."""
-    if drop and not hasattr(os, "posix_fadvise"):
-        return False
-    for file in [*model.glob("*.safetensors"), *model.glob("*.bin")]:
-        with open(file, "rb") as opened:
-            if drop:
-                os.fsync(opened.fileno())
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
-                while opened.read(1 << 24):
-                    pass
-    return True
-
-
-def lookup(run: Bench) -> dict:
-    """Guessing from the prompt against plain decoding, on real text: see lookup.py."""
-    if not Path(run.settings.data).is_file():
-        raise SettingError(f"--data {run.settings.data}: not a file")
-    from .lookup import measure
-
-    return measure(run)

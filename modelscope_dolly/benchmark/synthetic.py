@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import HardwareError, SettingError, unknown_name
+from ..errors import SettingError, unknown_name
 from ..export import new_directory, seal_directory, write_side_files
-from ..hardware import free_disk, gigabytes
+from ..hardware import check_disk
 from ..neox import parameter_shapes
 from ..plan import SHAPES, shape_config
 from ..prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
@@ -58,11 +58,7 @@ def make_checkpoint(config: GPTNeoXConfig, target: Path, seed: int = 0, dtype: t
         HardwareError: the disk is too small; said before anything is written.
     """
     need = sum(math.prod(shape) for shape in parameter_shapes(config).values()) * dtype.itemsize
-    if need > (free := free_disk(target)):
-        raise HardwareError(
-            f"{target}: random weights of this shape need {gigabytes(need)} of disk, {gigabytes(free)} are free; "
-            "give another place with --keep DIR, or set TMPDIR"
-        )
+    check_disk(target, need, "a checkpoint of this shape", "give another place with --keep DIR, or set TMPDIR")
     with new_directory(target) as directory:
         config.architectures, config.dtype = ["GPTNeoXForCausalLM"], dtype
         config.save_pretrained(directory)

@@ -25,16 +25,18 @@ def load_dolly(job: dict) -> Dolly:
     """The checkpoint in the job's format: a number type, or int8 or int4."""
     from ..loading import load
 
-    quantize = job["format"] if job["format"] in ("int8", "int4") else None
-    return load(job["model"], job["device"], job["dtype"], quantize=quantize, threads=job["threads"])
+    more = {"quantize": job["format"] if job["format"] in ("int8", "int4") else None, "draft": job.get("draft")}
+    return load(job["model"], job["device"], job["dtype"], threads=job["threads"], **more)
 
 
 def loader(job: dict) -> peers.Generate:
-    """As the loaders of peers.py."""
+    """As the loaders of peers.py. Sets job["held"], see limits.bytes_per_step."""
     from ..engine import Request
+    from ..quantize import BF16Linear
     from ..sampling import Sampling
 
     engine = load_dolly(job).responder.engine
+    job["held"] = "bf16" if isinstance(engine.net.embed_out, BF16Linear) else None
 
     def generate(prompts: list[list[int]], new: int) -> tuple[list[list[int]], list[float]]:
         requests = [Request(ids, new, Sampling(do_sample=False)) for ids in prompts]
@@ -54,11 +56,14 @@ def run_mixed(job: dict) -> dict:
     from ..engine import Request, RunStats
     from ..sampling import Sampling
 
-    peers.peak_memory(reset=True)
+    peers.peak(job, reset=True)
     engine = load_dolly(job).responder.engine
     requests = [Request(ids, new, Sampling(do_sample=False)) for ids, new in job["requests"]]
     slots = min(job["slots"], len(requests))
-    run_timed(engine, [Request(one.ids, 2, one.sampling) for one in requests[:slots]], slots, RunStats())
+    if peers.on_gpu(job):  # what is recorded there is for one size of cache and for each number of answers
+        run_timed(engine, requests, slots, RunStats())
+    else:
+        run_timed(engine, [Request(one.ids, 2, one.sampling) for one in requests[:slots]], slots, RunStats())
     seconds = []
     for number in range(job["repeats"]):
         peers.say(f"repeat {number + 1} of {job['repeats']}")
@@ -71,7 +76,7 @@ def run_mixed(job: dict) -> dict:
         "seconds": seconds,
         "slot_steps": slot_steps,
         "useful_steps": useful,
-        "peak_bytes": peers.peak_memory(),
+        "peak_bytes": peers.peak(job),
     }
 
 
@@ -114,13 +119,17 @@ def run_cold(job: dict) -> dict:
     begin = time.perf_counter()
     engine.generate([Request(job["prompt"], 1, Sampling(do_sample=False))])
     phases["first_step"] = time.perf_counter() - begin
-    return {"phases": phases, "peak_bytes": peers.peak_memory()}
+    return {"phases": phases, "peak_bytes": peers.peak(job)}
 
 
 def main() -> int:
-    job = json.loads(sys.argv[1])
+    job = peers.read_job()
     try:
-        if "prompt" in job:
+        if "limits" in job:
+            from .limits import run_limits
+
+            result = run_limits(job)
+        elif "prompt" in job:
             result = run_cold(job)
         elif "requests" in job:
             result = run_mixed(job)
@@ -128,6 +137,10 @@ def main() -> int:
             from .lookup import run_lookup
 
             result = run_lookup(load_dolly(job).responder.engine, job)
+        elif "draft" in job:
+            from .drafting import run_draft
+
+            result = run_draft(load_dolly(job), job)
         else:
             result = peers.run(job, loader)
     except DollyError as error:

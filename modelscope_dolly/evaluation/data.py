@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import SettingError, one_line
+from ..errors import SettingError
+from ..manifest import read_json_lines
 from .published import BY_NAME
 
 Row = dict[str, Any]
@@ -110,25 +111,14 @@ def read_rows(path: Path, task: str) -> list[Row]:
     Raises:
         SettingError: names file and line, what was found and what was expected.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
-    rows = [_read_row(line, task, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    columns, check = _COLUMNS[task]
+    rows = [_kept(row, columns) for row in read_json_lines(path, check)]
     if not rows:
         raise SettingError(f"{path}: has no rows; the card's {task} has {BY_NAME[task].size}")
     return rows
 
 
-def _read_row(line: bytes, task: str, place: str) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SettingError(f"{place}: not JSON in UTF-8 ({one_line(error)})") from None
-    columns, check = _COLUMNS[task]
-    wrong = check(row) if isinstance(row, dict) else f"must be a JSON object, found {type(row).__name__}"
-    if wrong:
-        raise SettingError(f"{place}: {wrong}")
+def _kept(row: Row, columns: tuple[str, ...]) -> Row:
     kept = {name: row[name] for name in columns}
     if "choices" in kept:
         kept["choices"] = {name: row["choices"][name] for name in ("text", "label")}

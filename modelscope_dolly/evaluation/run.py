@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..errors import HardwareError, SettingError, unknown_name
-from ..hardware import DTYPES, parse_dtype
+from ..hardware import DTYPES, dtype_name, parse_dtype
 from ..prompt import DollyTokenizer
 from . import store
 from .data import is_exact
@@ -114,8 +114,8 @@ def identify(subject: Subject, settings: Settings) -> RunIdentity:
         model=subject.name,
         revision=subject.revision,
         files_sha256=subject.files_sha256,
-        dtype=_spell(subject.dtype),
-        softmax_dtype=_spell(_softmax(settings, subject)),
+        dtype=dtype_name(subject.dtype),
+        softmax_dtype=dtype_name(_softmax(settings, subject)),
         device=subject.device_name,
         scorer="hf" if settings.scorer == "hf" or not shared else "shared",
         batch_size=settings.batch_size,
@@ -127,10 +127,6 @@ def identify(subject: Subject, settings: Settings) -> RunIdentity:
 
 def _softmax(settings: Settings, subject: Subject) -> torch.dtype:
     return subject.dtype if settings.softmax_dtype == "model" else parse_dtype(settings.softmax_dtype)
-
-
-def _spell(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def open_lm(subject: Subject, settings: Settings, scorer: str) -> CardLM:

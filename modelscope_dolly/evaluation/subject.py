@@ -16,7 +16,7 @@ import torch
 from .. import manifest
 from ..checkpoint import DEFAULT_REVISION, locate, repair_hint
 from ..errors import CheckpointError, HardwareError, one_line
-from ..hardware import choose_device, choose_dtype, free_memory, gigabytes
+from ..hardware import choose_device, choose_dtype, dtype_name, free_memory, gigabytes
 from ..weights import weight_files
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
     files = weight_files(path)
     config = _config(path)
     parameters = _count_parameters(path, config)
-    number = choose_dtype(where, dtype, parameters).value
+    number = choose_dtype(where, dtype, 4 * parameters).value
     need, free = parameters * number.itemsize, free_memory(where)
     if need > free:
         raise HardwareError(
             f"{model}: {parameters / 1e9:.2f} billion weights need {gigabytes(need)} on {where} in "
-            f"{str(number).removeprefix('torch.')}, {gigabytes(free)} are free; use --dtype bf16, or another device"
+            f"{dtype_name(number)}, {gigabytes(free)} are free; use --dtype bf16, or another device"
         )
     is_directory = Path(model).expanduser().is_dir()
     name = path.resolve().name if is_directory else model

@@ -1,0 +1,114 @@
+"""`dolly bench --draft`: what passes of a network and of its draft cost, and how often a draft must be right to pay.
+
+How often it is right is a matter of the two models and of the text; random weights say nothing about it. So it is asked
+the other way round: from which rate on is drafting faster than plain decoding? Leviathan et al. 2023 (arXiv:2211.17192,
+equation 1): a pass that verifies k guesses, each right with chance a, makes (1 - a^(k+1)) / (1 - a) tokens on average.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import peers
+from .limits import disturbances, spread
+from .process import Bench, progress
+from .synthetic import make_checkpoint, parse_shape
+
+if TYPE_CHECKING:
+    from ..loading import Dolly
+    from ..neox import NeoX
+
+#: Guesses that a pass verifies.
+LENGTHS = tuple(range(1, 9))
+#: Rates for which the gain is printed.
+RATES = (0.7, 0.9)
+
+
+def measure(run: Bench) -> None:
+    """`draft`: a row for each format and number of guesses. Seconds; `pays_from` is a rate, None: it never does."""
+    settings = run.settings
+    place = Path(settings.draft)
+    if not place.is_dir():
+        config = parse_shape(settings.draft)
+        place = (Path(settings.keep) if settings.keep else run.scratch) / settings.draft
+        if not place.exists():
+            progress(f"making random weights of shape {settings.draft}")
+            make_checkpoint(config, place, settings.seed)
+    rows: list[dict] = []
+    run.found["draft"] = {"draft": str(settings.draft), "rows": rows}
+    run.expect(name for name, _ in run.formats())
+    prompt = run.prompts(1)[0]
+    for number_format, dtype in run.formats():
+        extra = {"dtype": dtype, "draft": str(place), "prompt_ids": prompt, "new_tokens": settings.new_tokens}
+        result = run.child(run.job("dolly", number_format, **extra))
+        plain, drafted = spread(result["plain_s"]), spread(result["draft_s"])
+        for count in LENGTHS:
+            verify = spread(result["verify_s"][str(count)])
+            cost = verify["median"] + count * drafted["median"]
+            rows.append({
+                "format": number_format, "guesses": count, "plain_s": plain, "draft_s": drafted, "verify_s": verify,
+                "pays_from": pays_from(count, cost / plain["median"]),
+                "times_plain": {rate: made(rate, count) * plain["median"] / cost for rate in RATES},
+                "disturbed": disturbances({"plain": plain, "draft": drafted, "verify": verify}, result),
+            })  # fmt: skip
+        run.has([number_format])
+
+
+def made(rate: float, count: int) -> float:
+    """Tokens that a pass makes on average which verifies `count` guesses, each right with chance `rate`."""
+    return count + 1 if rate == 1 else (1 - rate ** (count + 1)) / (1 - rate)
+
+
+def pays_from(count: int, cost: float) -> float | None:
+    """The rate at which `count` guesses make as many tokens as plain decoding in the same time, `cost` plain passes."""
+    if made(1, count) < cost:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if made(middle, count) < cost else (low, middle)
+    return high
+
+
+def run_draft(dolly: Dolly, job: dict) -> dict:
+    """In the child: seconds of a plain step, of a pass of the draft, and of passes over 1 + 1 ... 1 + 8 tokens."""
+    from ..engine import Request, RunStats
+    from ..sampling import Sampling
+    from .worker import run_timed
+
+    engine, prompt = dolly.responder.engine, job["prompt_ids"]
+    draft, engine.draft = engine.draft, None
+    request = Request(prompt, job["new_tokens"], Sampling(do_sample=False))
+    first = Request(prompt, 1, Sampling(do_sample=False))
+    plain = []
+    for number in range(job["repeats"] + 1):
+        peers.say(f"plain: {number} of {job['repeats']}")
+        seconds = [run_timed(engine, [one], 1, RunStats()) for one in (first, request)]
+        plain.append((seconds[1] - seconds[0]) / (job["new_tokens"] - 1))
+    peers.say("the draft")
+    found = {"plain_s": plain[1:], "draft_s": _passes(draft.net, dolly.device, prompt, 1, job["repeats"])}
+    verify = {}
+    for count in LENGTHS:
+        peers.say(f"verifying {count} of {LENGTHS[-1]}")
+        verify[str(count)] = _passes(engine.net, dolly.device, prompt, 1 + count, job["repeats"])
+    return {**found, "verify_s": verify}
+
+
+def _passes(net: NeoX, device: torch.device, prompt: list[int], count: int, repeats: int) -> list[float]:
+    """Seconds of passes over `count` tokens behind a prompt, the first two not counted."""
+    from ..neox import KVCache, Step
+
+    cache = KVCache(1, len(prompt) + count)
+    tokens = torch.full((count,), prompt[0], device=device)
+    seconds = []
+    with torch.inference_mode():
+        net(torch.tensor(prompt, device=device), Step.extend([(0, 0, len(prompt))], last_only=True), cache)
+        for _ in range(repeats + 2):
+            begin = time.perf_counter()
+            bool(torch.isfinite(net(tokens, Step.extend([(0, len(prompt), count)]), cache)).all())  # waits for it
+            seconds.append(time.perf_counter() - begin)
+    return seconds[2:]
