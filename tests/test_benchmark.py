@@ -437,3 +437,13 @@ def test_a_line_separator_inside_a_text_ends_no_record(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     assert lookup.read_texts(str(file)) == [record]
+
+
+@pytest.mark.parametrize("engine, name", [(engine, name) for engine, names in peers.FORMATS.items() for name in names])
+def test_memory_of_every_format_of_every_peer_is_known(engine, name, monkeypatch):
+    told = SimpleNamespace(config=shape_config("3b"), device=torch.device("cpu"))
+    monkeypatch.setattr(run, "free_memory", lambda: 10**12)
+    run._check_memory(told, engine, name)
+    monkeypatch.setattr(run, "free_memory", lambda: 10**9)
+    with pytest.raises(DollyError, match=f"the weights need .* GB in {name}, 1.00 GB are free"):
+        run._check_memory(told, engine, name)

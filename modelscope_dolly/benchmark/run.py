@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from ..errors import DollyError
-from ..hardware import DTYPES, free_memory, gigabytes
-from ..plan import weight_bytes
+from ..hardware import free_memory, gigabytes
+from ..plan import FORMATS, weight_bytes
 from . import limits, peers
 from .limits import disturbances, spread
 from .options import ENGINES, BenchSettings
@@ -182,15 +182,15 @@ def _interpreter(engine: str, program: str) -> str:
     return sys.executable if engine == "llamacpp" else program
 
 
-def _check_memory(run: Bench, engine: str, dtype: str) -> None:
+def _check_memory(run: Bench, engine: str, number_format: str) -> None:
     """A peer that does not fit would be killed by the system, and perhaps something else with it.
 
     On a GPU it ends with an error of its own, and nothing else does.
     """
     if run.device.type != "cpu" or engine == "llamacpp":
         return
-    if (need := weight_bytes(run.config, DTYPES[dtype].itemsize)) > (free := free_memory()):
-        raise DollyError(f"the weights need {gigabytes(need)} in {dtype}, {gigabytes(free)} are free")
+    if (need := weight_bytes(run.config, *FORMATS[number_format.replace("fp16", "bf16")])) > (free := free_memory()):
+        raise DollyError(f"the weights need {gigabytes(need)} in {number_format}, {gigabytes(free)} are free")
 
 
 def _row(run: Bench, engine: str, number_format: str, one: dict, result: dict) -> dict:
