@@ -21,6 +21,7 @@ itself on the CPU; it has not run on a GPU yet.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -29,7 +30,7 @@ import torch
 from torch import nn
 
 from . import triton_kernels
-from .errors import HardwareError
+from .errors import HardwareError, SettingError, one_line, unknown_name
 from .hardware import dtype_name
 from .neox import KVCache, NeoX, Step
 from .sampling import Sampler, draw
@@ -44,6 +45,9 @@ CACHE_STEP = 256
 #: 0.4 %, and errors add up over the layers; a wrong kernel is off by more than all of the spread.
 _NEAR = {torch.float32: 1e-3}
 _NEAR_IN_HALF = 0.1
+
+#: Values of $DOLLY_DECODE: the fused kernels if they can be used, recordings of torch's own kernels, no recordings.
+WAYS = ("fused", "recorded", "plain")
 
 #: (tokens [B], positions [B], cache) -> logits [B, V].
 Forward = Callable[[torch.Tensor, torch.Tensor, KVCache], torch.Tensor]
@@ -71,7 +75,7 @@ class Decoder:
         self.net, self.device = net, device
         self.record = record or _CudaRecorder(device)
         self.forwards: list[tuple[str, Forward]] = [("torch's kernels", self._plain)]  # the one in use is the first
-        if can_fuse(net) and triton_kernels.usable(device):
+        if way() == "fused" and can_fuse(net) and triton_kernels.usable(device):
             self.forwards.insert(0, ("the fused kernels", self._fused))
         self._kept: Recordings | None = None
 
@@ -130,7 +134,8 @@ class Recordings:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a compiler that is missing, an old driver, a kernel that the card lacks
-                log.warning("%s cannot be used on %s (%s)", name, self._decoder.device, _first_line(error))
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                log.warning("%s cannot be used on %s (%s)", name, self._decoder.device, reason)
                 del self._decoder.forwards[0]
                 self._boards.clear()
                 self._checked.clear()
@@ -249,6 +254,18 @@ class _CudaRecorder:
         return graph.replay
 
 
+def way() -> str:
+    """How steps are computed on CUDA, by $DOLLY_DECODE: a way round a kernel that fails on some card.
+
+    Raises:
+        SettingError: it has another value than those of WAYS.
+    """
+    found = os.environ.get("DOLLY_DECODE") or WAYS[0]
+    if found not in WAYS:
+        raise SettingError(unknown_name("DOLLY_DECODE", found, WAYS))
+    return found
+
+
 def batch_size(answers: int) -> int:
     """Rows of the recording for so many answers: a power of two up to 8, then a multiple of 8."""
     return 1 << (answers - 1).bit_length() if answers <= 8 else -(-answers // 8) * 8
@@ -295,7 +312,3 @@ def fused_forward(net: NeoX, tokens: torch.Tensor, positions: torch.Tensor, cach
 def _linear(module: nn.Module, x: torch.Tensor, gelu: bool = False, residual: torch.Tensor | None = None):
     scales = getattr(module, "scales", None)  # of a quantised layer
     return triton_kernels.linear(x, module.weight, scales, module.bias, gelu=gelu, residual=residual)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0]}"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import kernels
 from .checkpoint import Checkpoint, locate, open_checkpoint
-from .decode import Decoder
+from .decode import Decoder, way
 from .draft import Draft
 from .engine import Engine
 from .errors import HardwareError, SettingError, unknown_name
@@ -106,7 +106,7 @@ def load(
         net = load_network(checkpoint, number, placement, method)
         place = _spread(net, placement)
     engine = Engine(net, place, checkpoint.config.max_position_embeddings, drafting)
-    if place.type == "cuda" and device_map is None:
+    if place.type == "cuda" and device_map is None and way() != "plain":
         engine.decoder = Decoder(net, place)
     return Dolly(checkpoint, net, place, number, Responder(engine, checkpoint.tokenizer))
 

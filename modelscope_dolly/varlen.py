@@ -14,6 +14,8 @@ import logging
 import torch
 from torch.nn import functional as F
 
+from .errors import one_line
+
 log = logging.getLogger("modelscope.dolly")
 
 _CAPABILITY = (8, 0)
@@ -42,7 +44,7 @@ def _right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         far = float((attend(*texts, ends, max(lengths)) - torch.cat(expected)).float().abs().max())
         reason = f"it is {far:.2g} away from the ordinary one" if not far < 0.05 else None
     except Exception as error:  # a kernel that this card or this torch lacks
-        reason = f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
     if reason:
         log.warning("attention of variable length cannot be used on %s (%s)", device, reason)
     return reason is None

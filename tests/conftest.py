@@ -18,6 +18,7 @@ from modelscope_dolly.engine import Engine
 from modelscope_dolly.export import export_checkpoint
 from modelscope_dolly.neox import NeoX
 from modelscope_dolly.prompt import DollyTokenizer
+from modelscope_dolly.quantize import PackedLinear, replace_linears
 from train.nano import build_tokenizer, read_records
 
 #: Material for tests and measurements that lies beside a developer's checkout, and on nobody else's machine.
@@ -58,6 +59,21 @@ def our_network(model: GPTNeoXForCausalLM) -> NeoX:
     state = {name.replace("lm_head", "embed_out"): tensor for name, tensor in model.state_dict().items()}
     net.load_state_dict(state, assign=True, strict=True)
     return net.eval()
+
+
+def quantised(net: NeoX, method: str) -> NeoX:
+    """A quantised copy of a network."""
+    with torch.device("meta"):
+        copy = NeoX(net.config)
+    replace_linears(copy, method)
+    for name, tensor in net.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        module = copy.get_submodule(owner)
+        if isinstance(module, PackedLinear):
+            module.take(leaf, tensor)
+        else:
+            module.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    return copy.eval()
 
 
 def our_engine(model: GPTNeoXForCausalLM) -> Engine:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import our_network, random_model
-from test_quantize import packed
+from conftest import our_network, quantised, random_model
 
 from modelscope_dolly import kernels
 from modelscope_dolly.neox import KVCache, NeoX, Rotary, Step
@@ -323,7 +322,7 @@ def test_bfloat16_is_as_close_to_float32_as_with_torchs_attention(monkeypatch):
 @pytest.mark.parametrize(("method", "dtype"), [(None, F32), ("bf16", F32), ("int8", BF16), ("int4", BF16)])
 def test_the_cache_is_in_bfloat16_where_linear_layers_are_quantised(method, dtype, monkeypatch):
     net = our_network(random_model())
-    net = packed(net, method) if method else net
+    net = quantised(net, method) if method else net
     assert all(part.dtype == dtype for layer in steps(net)[1]._layers.values() for part in layer)
     if not method:
         monkeypatch.setattr(kernels, "_library", lambda: None)
@@ -333,10 +332,10 @@ def test_the_cache_is_in_bfloat16_where_linear_layers_are_quantised(method, dtyp
 def test_rounding_the_cache_is_small_beside_quantisation(monkeypatch):
     """Each alone: with both, a change too small to matter moves some activations from one int8 number to the next."""
     net = our_network(random_model(initializer_range=0.1))
-    exact, quantised = steps(net)[0].log_softmax(-1), packed(net, "int8")
+    exact, eighth = steps(net)[0].log_softmax(-1), quantised(net, "int8")
     layer = KVCache.layer
     monkeypatch.setattr(KVCache, "layer", lambda self, index, like, dtype=None: layer(self, index, like, F32))
-    by_layers = steps(quantised)[0].log_softmax(-1)
+    by_layers = steps(eighth)[0].log_softmax(-1)
     monkeypatch.setattr(KVCache, "layer", lambda self, index, like, dtype=None: layer(self, index, like, BF16))
     by_cache = steps(net)[0].log_softmax(-1)
     layers, cache = ((exact.exp() * (exact - found)).sum(-1).mean().item() for found in (by_layers, by_cache))

@@ -13,16 +13,15 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import our_engine, our_network, random_model, tiny_config
+from conftest import our_engine, our_network, quantised, random_model, tiny_config
 from recorded import Recorder, on_one_device
 
 from modelscope_dolly import decode, kernels, triton_kernels, varlen
 from modelscope_dolly.decode import BURST, Decoder, _Board, batch_size, burst
 from modelscope_dolly.engine import Engine, Request, RunStats
-from modelscope_dolly.errors import HardwareError
+from modelscope_dolly.errors import HardwareError, SettingError
 from modelscope_dolly.guess import PromptLookup
 from modelscope_dolly.neox import KVCache, NeoX, Step
-from modelscope_dolly.quantize import PackedLinear, replace_linears
 from modelscope_dolly.sampling import Sampler, Sampling
 
 GREEDY = Sampling(do_sample=False)
@@ -270,6 +269,22 @@ def test_a_network_of_another_build_is_not_fused():
     assert decode.can_fuse(our_network(random_model()))
 
 
+def test_the_environment_chooses_how_steps_are_computed(oracle, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "usable", lambda device: True)
+    names = {}
+    for found in ("", "fused", "recorded"):
+        monkeypatch.setenv("DOLLY_DECODE", found)
+        names[found] = [name for name, _ in recording(oracle).decoder.forwards]
+    assert names == {
+        "": names["fused"],
+        "fused": ["the fused kernels", *names["recorded"]],
+        "recorded": ["torch's kernels"],
+    }
+    monkeypatch.setenv("DOLLY_DECODE", "fast")
+    with pytest.raises(SettingError, match=r"unknown DOLLY_DECODE 'fast'\. Allowed: fused, plain, recorded"):
+        decode.way()
+
+
 def test_settings_of_a_sampler_fit_the_device(oracle):
     """Seeds up to the largest, and their keys as signed numbers."""
     for seed in (0, 1, 2**32 - 1):
@@ -330,20 +345,6 @@ def test_logits_of_the_fused_step_are_those_of_the_network(fused, changes):
     for index in range(2):
         for mine, theirs in zip(caches[1]._layers[index], caches[0]._layers[index], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
-
-
-def quantised(net: NeoX, method: str) -> NeoX:
-    with torch.device("meta"):
-        copy = NeoX(net.config)
-    replace_linears(copy, method)
-    for name, tensor in net.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        module = copy.get_submodule(owner)
-        if isinstance(module, PackedLinear):
-            module.take(leaf, tensor)
-        else:
-            module.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
-    return copy.eval()
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")

@@ -15,7 +15,7 @@ ALLOWED = {
     "errors": "",
     "prompt": "errors",
     "sampling": "",
-    "varlen": "",
+    "varlen": "errors",
     "hardware": "errors",
     "manifest": "errors",
     "kernels": "",

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import our_network, random_model
+from conftest import our_network, quantised, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quantize import logits, packed, prompts
+from test_quantize import logits, prompts
 
 from modelscope_dolly import kernels
 from modelscope_dolly.quantize import (
@@ -214,7 +214,7 @@ def test_a_network_takes_its_own_activation(activation):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(parameter.bfloat16())
-    torch.testing.assert_close(logits(packed(net, "bf16"), prompts()), logits(net, prompts()), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits(quantised(net, "bf16"), prompts()), logits(net, prompts()), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("level", LEVELS)

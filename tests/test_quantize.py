@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import our_network, random_model
+from conftest import our_network, quantised, random_model
 from torch import nn
 
 from modelscope_dolly import kernels
@@ -14,7 +14,6 @@ from modelscope_dolly.quantize import (
     BF16Linear,
     Int4Linear,
     Int8Linear,
-    PackedLinear,
     is_linear,
     parse_quantize,
     quantise_int4,
@@ -37,21 +36,6 @@ def computed_by(request, monkeypatch):
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def packed(net: NeoX, method: str) -> NeoX:
-    """A quantised copy of a network."""
-    with torch.device("meta"):
-        copy = NeoX(net.config)
-    replace_linears(copy, method)
-    for name, tensor in net.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        module = copy.get_submodule(owner)
-        if isinstance(module, PackedLinear):
-            module.take(leaf, tensor)
-        else:
-            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-    return copy.eval()
 
 
 @torch.inference_mode()
@@ -127,7 +111,7 @@ def test_tensors_may_come_in_any_order(computed_by, first):
 def test_kl_of_a_whole_network(computed_by, method, largest):
     """Random weights of clearly different logits; the bounds are about twice what was found."""
     net = our_network(random_model(initializer_range=0.1))
-    exact, found = logits(net, prompts()).log_softmax(-1), logits(packed(net, method), prompts()).log_softmax(-1)
+    exact, found = logits(net, prompts()).log_softmax(-1), logits(quantised(net, method), prompts()).log_softmax(-1)
     kl = (exact.exp() * (exact - found)).sum(-1).mean().item()
     assert 0 < kl < largest
 
@@ -136,7 +120,7 @@ def test_kl_of_a_whole_network(computed_by, method, largest):
 def test_a_batch_gives_each_what_it_would_get_alone(method):
     if not kernels.level():
         pytest.skip("torch's own products depend on the batch in the last bits")
-    net = packed(our_network(random_model()), method)
+    net = quantised(our_network(random_model()), method)
     together = logits(net, prompts())
     alone = torch.cat([logits(net, [ids]) for ids in prompts()])
     # Not bit by bit: torch's attention and activations, between the layers, may round differently.
