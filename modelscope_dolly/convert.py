@@ -7,7 +7,6 @@ directory is as export.py writes it, manifest included, and the directory is com
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from .export import new_directory, seal_directory, write_side_files
 from .hardware import check_disk
 from .manifest import read_json
 from .neox import parameter_shapes
-from .quantize import BYTES_PER_WEIGHT, MODEL_TYPE, is_linear, parse_quantize, stored_tensors
+from .plan import weight_bytes
+from .quantize import MODEL_TYPE, is_linear, parse_quantize, stored_tensors
 from .weights import read_tensors, write_tensors
 
 
@@ -40,10 +40,7 @@ def quantize_checkpoint(source: str | Path, target: str | Path, method: str = "i
     if checkpoint.quantization:
         raise SettingError(f"{source}: is quantised to {checkpoint.quantization} already; give the original")
     shapes = parameter_shapes(checkpoint.config)
-    need = sum(
-        math.prod(shape) * (BYTES_PER_WEIGHT[method] if is_linear(name, shape) else 4) for name, shape in shapes.items()
-    )
-    check_disk(target, need, "the quantised copy")
+    check_disk(target, weight_bytes(checkpoint.config, 4, method), "the quantised copy")
     with new_directory(target) as directory:
         write_tensors(directory, _quantised(read_tensors(checkpoint.tensors), method, len(shapes)))
         config = read_json(checkpoint.path / "config.json")

@@ -68,7 +68,7 @@ class Decoder:
     Args:
         net: all of it on `device`.
         device: of the network.
-        record: makes a recording; another one than `cuda_record` is for tests.
+        record: makes a recording; another one than for CUDA is for tests.
     """
 
     def __init__(self, net: NeoX, device: torch.device, record: Record | None = None):

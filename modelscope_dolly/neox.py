@@ -60,14 +60,16 @@ class Step:
     def _place(self, device: torch.device, rotary: Rotary, dtype: torch.dtype) -> Placed:
         tokens = len(self.positions)
         positions = self.positions.to(device)
-        cos, sin = rotary(positions, dtype)
+        decodes = self.spans is None and not self.padded
+        compiled = decodes and kernels.attends(device, dtype, rotary.head_width, rotary.width)
+        cos, sin = rotary(positions, torch.float32 if compiled else dtype)
         if self.spans is not None:
             slots = torch.tensor([slot for slot, begin, end in self.spans for _ in range(begin, end)], device=device)
             ends = torch.tensor([0, *(end for _, _, end in self.spans)], dtype=torch.int32, device=device)
             return Placed(positions, cos, sin, slots, ends=ends)
-        if not self.padded and kernels.attends(device, dtype, rotary.head_width, rotary.width):
+        if compiled:
             owners = range(tokens) if self.blocks is None else [slot for slot, _, n in self.blocks for _ in range(n)]
-            return Placed(positions, *rotary(positions, torch.float32), torch.tensor(owners), compiled=True)
+            return Placed(positions, cos, sin, torch.tensor(owners), compiled=True)
         slots, offsets, grid = torch.arange(tokens, device=device), None, positions[:, None]
         if self.blocks is not None:
             rows = [(slot, offset) for slot, _, count in self.blocks for offset in range(count)]

@@ -36,7 +36,7 @@ ALLOWED = {
     "pipeline": "checkpoint errors generation model",
     "plan": "checkpoint hardware kernels manifest neox quantize",
     "check": "checkpoint errors hardware manifest prompt weights",
-    "convert": "checkpoint errors export hardware manifest neox quantize weights",
+    "convert": "checkpoint errors export hardware manifest neox plan quantize weights",
     "evaluation": "checkpoint errors hardware manifest prompt weights",
     "benchmark": "checkpoint engine errors export guess hardware loading manifest neox plan prompt quantize sampling "
     "weights",

@@ -18,7 +18,7 @@ from ..errors import SettingError, unknown_name
 from ..export import new_directory, seal_directory, write_side_files
 from ..hardware import check_disk
 from ..neox import parameter_shapes
-from ..plan import SHAPES, shape_config
+from ..plan import SHAPES, shape_config, weight_bytes
 from ..prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
 from ..weights import write_tensors
 
@@ -57,7 +57,7 @@ def make_checkpoint(config: GPTNeoXConfig, target: Path, seed: int = 0, dtype: t
         CheckpointError: `target` exists.
         HardwareError: the disk is too small; said before anything is written.
     """
-    need = sum(math.prod(shape) for shape in parameter_shapes(config).values()) * dtype.itemsize
+    need = weight_bytes(config, dtype.itemsize)
     check_disk(target, need, "a checkpoint of this shape", "give another place with --keep DIR, or set TMPDIR")
     with new_directory(target) as directory:
         config.architectures, config.dtype = ["GPTNeoXForCausalLM"], dtype
