@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -27,9 +27,9 @@ DEV += ['triton>=3.5; platform_system == "Linux"']
 # Optional: without a compiler the package installs all the same and computes with torch. It is no Python module but a
 # plain library (modelscope_dolly/kernels.py loads it), so it serves every Python version it is built beside.
 KERNELS = Extension(
-    "modelscope_dolly._kernels",
-    ["modelscope_dolly/kernels.c", "modelscope_dolly/attention.c"],
-    depends=[f"modelscope_dolly/{name}.h" for name in ("kernels", "vector", "attention_level")],
+    "modelscope_dolly.kernels._kernels",
+    [f"modelscope_dolly/kernels/csrc/{name}.c" for name in ("kernels", "attention")],
+    depends=[f"modelscope_dolly/kernels/csrc/{name}.h" for name in ("kernels", "vector", "attention_level")],
     extra_compile_args=["-O3", "-g0", "-fopenmp"],
     extra_link_args=["-fopenmp"],
     optional=True,
@@ -44,8 +44,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
-    packages=["modelscope_dolly", "modelscope_dolly.benchmark", "modelscope_dolly.evaluation"],
-    package_data={"modelscope_dolly": ["configuration.json", "*.c", "*.h"]},
+    packages=find_packages(include=["modelscope_dolly", "modelscope_dolly.*"]),
+    package_data={"modelscope_dolly": ["configuration.json", "kernels/csrc/*"]},
     ext_modules=[KERNELS],
     install_requires=RUN,
     extras_require={"train": TRAIN, "eval": EVAL, "dev": DEV},

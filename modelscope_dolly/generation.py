@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from .engine import Engine, Request
-from .errors import PromptError, SettingError, unknown_name
-from .guess import PromptLookup
-from .prompt import Answer, DollyTokenizer, check_instruction, check_text
-from .sampling import Sampling
+from modelscope_dolly.engine.engine import Engine, Request
+from modelscope_dolly.engine.sampling import Sampling
+from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
+from modelscope_dolly.errors import PromptError, SettingError, unknown_name
+from modelscope_dolly.prompt import Answer, DollyTokenizer, check_instruction, check_text
 
 log = logging.getLogger("modelscope.dolly")
 

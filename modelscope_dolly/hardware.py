@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import HardwareError, SettingError, unknown_name
+from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}

@@ -9,10 +9,10 @@ import torch
 from modelscope.models.base import TorchModel
 from modelscope.models.builder import MODELS
 
-from . import MODEL_TYPE, TASK
-from .errors import SettingError, unknown_name
-from .generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Update, parse_input
-from .loading import load
+from modelscope_dolly import MODEL_TYPE, TASK
+from modelscope_dolly.errors import SettingError, unknown_name
+from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Update, parse_input
+from modelscope_dolly.load import load
 
 MODEL_OPTIONS = ("dtype", "torch_dtype", "verify", "quantize", "threads", "draft")
 

@@ -13,11 +13,11 @@ from modelscope.pipelines.base import Pipeline
 from modelscope.pipelines.builder import PIPELINES
 from modelscope.utils.constant import Frameworks
 
-from . import PIPELINE_TYPE, TASK
-from .checkpoint import locate
-from .errors import SettingError, unknown_name
-from .generation import DEFAULT_SLOTS, GenerationSettings, Update, parse_input
-from .model import MODEL_OPTIONS, DollyForTextGeneration
+from modelscope_dolly import PIPELINE_TYPE, TASK
+from modelscope_dolly.checkpoint.reader import locate
+from modelscope_dolly.errors import SettingError, unknown_name
+from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Update, parse_input
+from modelscope_dolly.model import MODEL_OPTIONS, DollyForTextGeneration
 
 _CONFIGURATION = Path(__file__).with_name("configuration.json")
 _GENERATION_OPTIONS = tuple(GenerationSettings.__dataclass_fields__)

@@ -25,7 +25,7 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import CheckpointError, PromptError
+from modelscope_dolly.errors import CheckpointError, PromptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

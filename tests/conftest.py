@@ -10,74 +10,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MODELSCOPE_ENDPOINT"] = os.environ["MODELSCOPE_DOMAIN"] = "http://127.0.0.1:9"
 
 import pytest
-import torch
-import triton_interpreter  # noqa: F401  before the kernels, which look at what it sets
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from modelscope_dolly.engine import Engine
-from modelscope_dolly.export import export_checkpoint
-from modelscope_dolly.neox import NeoX
+from tests.support import triton_interpreter  # noqa: F401  before the kernels, which look at what it sets
+
+# isort: split
+from transformers import GPTNeoXForCausalLM
+
+from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.prompt import DollyTokenizer
-from modelscope_dolly.quantize import PackedLinear, replace_linears
+from tests.support.models import random_model
 from train.nano import build_tokenizer, read_records
-
-#: Material for tests and measurements that lies beside a developer's checkout, and on nobody else's machine.
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-needs_shared_data = pytest.mark.skipif(
-    not SHARED_DATA.is_dir(), reason=f"databricks-dolly-15k and the GPT-NeoX tokenizer are not in {SHARED_DATA}"
-)
-
-
-def tiny_config(**changes) -> GPTNeoXConfig:
-    """3 layers of width 64; initial weights large enough that logits differ clearly between tokens."""
-    values = dict(
-        vocab_size=1024,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=256,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return GPTNeoXConfig(**{**values, **changes})
-
-
-def random_model(seed: int = 0, **changes) -> GPTNeoXForCausalLM:
-    """transformers' own network with random weights, in float32: the oracle."""
-    torch.manual_seed(seed)
-    return GPTNeoXForCausalLM(tiny_config(**changes)).eval()
-
-
-def our_network(model: GPTNeoXForCausalLM) -> NeoX:
-    """The engine's network with the same weights."""
-    with torch.device("meta"):
-        net = NeoX(model.config)
-    state = {name.replace("lm_head", "embed_out"): tensor for name, tensor in model.state_dict().items()}
-    net.load_state_dict(state, assign=True, strict=True)
-    return net.eval()
-
-
-def quantised(net: NeoX, method: str) -> NeoX:
-    """A quantised copy of a network."""
-    with torch.device("meta"):
-        copy = NeoX(net.config)
-    replace_linears(copy, method)
-    for name, tensor in net.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        module = copy.get_submodule(owner)
-        if isinstance(module, PackedLinear):
-            module.take(leaf, tensor)
-        else:
-            module.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
-    return copy.eval()
-
-
-def our_engine(model: GPTNeoXForCausalLM) -> Engine:
-    return Engine(our_network(model), torch.device("cpu"), model.config.max_position_embeddings)
 
 
 @pytest.fixture(scope="session")

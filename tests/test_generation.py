@@ -8,15 +8,15 @@ import logging
 
 import pytest
 import torch
-from conftest import our_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelscope_dolly.engine import Engine
+from modelscope_dolly.engine.engine import Engine
+from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
 from modelscope_dolly.errors import PromptError, SettingError
 from modelscope_dolly.generation import GenerationSettings, Prompt, Responder, parse_input
-from modelscope_dolly.guess import PromptLookup
 from modelscope_dolly.prompt import INTRO, DollyTokenizer
+from tests.support.models import our_engine
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 NAMES = [field.name for field in dataclasses.fields(GenerationSettings)]

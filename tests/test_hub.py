@@ -12,10 +12,10 @@ import sys
 import textwrap
 
 import pytest
-from layouts import copy_2023_layout, plain_hf
-from loopback_hub import LoopbackHub
 
 from modelscope_dolly import dolly_pipeline
+from tests.support.layouts import copy_2023_layout, plain_hf
+from tests.support.loopback_hub import LoopbackHub
 
 #: The sample of the model card, with the import line, and with the device that is here.
 CARD = """
@@ -126,7 +126,17 @@ def test_plain_repository_loads_online_and_later_without_the_hub(hub, tmp_path):
     [("someone/nothing", "v1", "someone/nothing"), ("someone/plain", "v9.9", "revision 'v9.9' cannot be had")],
 )
 def test_what_the_hub_does_not_have_is_one_line_and_exit_code_2(hub, tmp_path, model, revision, says):
-    command = [sys.executable, "-m", "modelscope_dolly.cli", "ask", "hello", "--model", model, "--revision", revision]
+    command = [
+        sys.executable,
+        "-m",
+        "modelscope_dolly.cli",
+        "ask",
+        "hello",
+        "--model",
+        model,
+        "--revision",
+        revision,
+    ]
     done = subprocess.run(command, env=hub.environ(tmp_path), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -1,145 +1,141 @@
-"""Who may import whom: the layering of docs/decisions.md, read from the source."""
+"""Who may import whom, read from the source: imports point down, in no circle; ModelScope is touched in few places."""
 
 from __future__ import annotations
 
-import ast
+import re
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "modelscope_dolly"
+from tests.support.paths import ROOT
+from tests.support.source_imports import imports, module_imports, modules
 
-#: Module or subpackage -> what lies below it and may be imported. cli may import all, inside functions.
-ALLOWED = {
-    "errors": "",
-    "prompt": "errors",
-    "sampling": "",
-    "varlen": "errors",
-    "hardware": "errors",
-    "manifest": "errors",
-    "kernels": "",
-    "triton_kernels": "kernels",
-    "quantize": "errors kernels",
-    "neox": "errors kernels varlen",
-    "weights": "errors manifest",
-    "guess": "",
-    "draft": "guess neox sampling",
-    "speculation": "draft guess neox sampling",
-    "decode": "errors hardware neox sampling triton_kernels",
-    "engine": "decode draft errors guess neox sampling speculation",
-    "generation": "errors prompt engine guess sampling",
-    "checkpoint": "errors manifest neox prompt quantize weights",
-    "export": "errors manifest prompt",
-    "loading": "checkpoint decode draft engine errors generation hardware kernels neox plan quantize weights",
-    "model": "errors generation loading",
-    "pipeline": "checkpoint errors generation model",
-    "plan": "checkpoint hardware kernels manifest neox quantize",
-    "check": "checkpoint errors hardware manifest prompt weights",
-    "convert": "checkpoint errors export hardware manifest neox plan quantize weights",
-    "evaluation": "checkpoint errors hardware manifest prompt weights",
-    "benchmark": "checkpoint engine errors export guess hardware loading manifest neox plan prompt quantize sampling "
-    "weights",
-}
-REGISTRIES = {"__init__", "model", "pipeline"}
-HUB_CLIENT = {"checkpoint", "plan"}
+PACKAGE, RECIPE = ROOT / "modelscope_dolly", ROOT / "train"
+
+#: Files and folders of the package, lowest first. Each imports only what stands before it.
+ORDER = (
+    "errors", "files", "hardware", "prompt", "text_stream", "kernels", "engine", "generation", "checkpoint", "load",
+    "model", "pipeline", "evaluation", "benchmark", "cli",
+)  # fmt: skip
+#: The way from a prompt to its text.
+CORE = (
+    "pipeline", "generation", "prompt", "text_stream", "engine.engine", "engine.scheduler", "engine.runner",
+    "engine.sequence", "engine.step_input", "engine.gpt_neox", "engine.attention", "engine.rotary", "engine.kv_cache",
+    "engine.sampling",
+)  # fmt: skip
+#: What hangs on the core through protocols, put together in load.py.
+EXTRAS = ("engine.speculative", "engine.cuda_graphs", "engine.gpt_neox_fused", "kernels.quantized_linear",
+          "kernels.triton_decode", "checkpoint.quantize")  # fmt: skip
+REGISTRIES = {"modelscope_dolly", "modelscope_dolly.model", "modelscope_dolly.pipeline"}
+HUB_CLIENT = {"modelscope_dolly.checkpoint.download"}
 HEAVY = {"torch", "transformers", "modelscope", "accelerate", "datasets", "deepspeed", "lm_eval"}
+LIGHT = ("", "errors", "files", "prompt", "checkpoint.manifest", "cli.main", "benchmark", "evaluation",
+         "evaluation.published", "evaluation.results", "evaluation.data", "evaluation.store")  # fmt: skip
 
 
-def imports(path: Path, top_level_only: bool = False) -> set[tuple[str, str]]:
-    """(top-level package or ours as `.part`, whole dotted name) of each import, those under TYPE_CHECKING left out."""
-    found = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    here = path.relative_to(PACKAGE).parts[:-1] if path.is_relative_to(PACKAGE) else ()
-
-    def visit(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-                continue
-            if top_level_only and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                continue
-            if isinstance(child, ast.Import):
-                found.update((alias.name.split(".")[0], alias.name) for alias in child.names)
-            elif isinstance(child, ast.ImportFrom) and child.level:
-                base = [*here[: len(here) + 1 - child.level], *(child.module or "").split(".")]
-                names = (
-                    [[*filter(None, base)]]
-                    if child.module
-                    else [[*here[: len(here) + 1 - child.level], alias.name] for alias in child.names]
-                )
-                found.update((f".{name[0]}", "." + ".".join(name)) for name in names)
-            elif isinstance(child, ast.ImportFrom):
-                found.add((child.module.split(".")[0], child.module))
-            visit(child)
-
-    visit(tree)
-    return found
+def part(module: str) -> str:
+    """The file or folder of the package that a module belongs to."""
+    return module.split(".")[1] if "." in module else ""
 
 
-def parts() -> dict[str, list[Path]]:
-    """Modules, and subpackages with all of their files."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        found.setdefault(path.relative_to(PACKAGE).with_suffix("").parts[0], []).append(path)
-    return found
+def test_every_part_has_its_place_in_the_order():
+    assert {part(name) for name in modules(PACKAGE)} == {"", *ORDER}
 
 
-def ours(files: list[Path]) -> set[str]:
-    names = {name for path in files for name, _ in imports(path) if name.startswith(".")}
-    return {name[1:] for name in names if name[1:] in parts()}
+def test_imports_point_down():
+    wrong, seen = [], 0
+    for name, wanted in module_imports(PACKAGE).items():
+        for other in wanted:
+            if part(name) and part(other) and part(name) != part(other):
+                seen += 1
+                if ORDER.index(part(other)) > ORDER.index(part(name)):
+                    wrong.append(f"{name} imports {other}")
+    assert wrong == [] and seen > 50
 
 
-def test_every_module_has_a_rule():
-    assert set(parts()) == set(ALLOWED) | {"__init__", "cli"}
+@pytest.mark.parametrize("package", [PACKAGE, RECIPE], ids=lambda path: path.name)
+def test_no_circle_of_imports(package):
+    graph = module_imports(package)
+    TopologicalSorter({name: wanted - {name} for name, wanted in graph.items()}).prepare()  # CycleError names it
+    assert sum(map(len, graph.values())) > 40
 
 
-@pytest.mark.parametrize("part", sorted(ALLOWED))
-def test_part_imports_only_what_lies_below_it(part):
-    assert ours(parts()[part]) - {part} <= set(ALLOWED[part].split())
+def test_no_circle_of_c_headers():
+    sources = {path.name: path for path in (PACKAGE / "kernels" / "csrc").iterdir()}
+    graph = {
+        name: set(re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)) for name, path in sources.items()
+    }
+    TopologicalSorter(graph).prepare()
+    assert set().union(*graph.values()) <= set(sources) and any(graph.values())
 
 
-def test_imports_of_a_subpackage_are_seen():
-    assert ours([PACKAGE / "evaluation" / "subject.py"]) >= {"checkpoint", "errors", "hardware"}
+@pytest.mark.parametrize("package", [PACKAGE, RECIPE], ids=lambda path: path.name)
+def test_no_two_modules_share_a_base_name(package):
+    """Commands apart: cli/plan.py, train/plan.py."""
+    names = [
+        path.stem
+        for path in modules(package).values()
+        if path.stem not in ("__init__", "__main__") and path.parent not in (PACKAGE / "cli", RECIPE)
+    ]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_knows_nothing_of_what_hangs_on_it(name):
+    extras = tuple(f"modelscope_dolly.{extra}" for extra in EXTRAS)
+    wanted = imports(modules(PACKAGE)[f"modelscope_dolly.{name}"])
+    assert [other for other in wanted if other.startswith(extras)] == []
 
 
 def test_the_plugin_never_imports_the_recipe_and_one_module_imports_lm_eval():
-    seen = {path: {name for name, _ in imports(path)} for files in parts().values() for path in files}
+    seen = {name: {dotted.split(".")[0] for dotted in imports(path)} for name, path in modules(PACKAGE).items()}
     assert not set().union(*seen.values()) & {"train", "tests", "deepspeed"}
-    assert [path.name for path, names in seen.items() if "lm_eval" in names] == ["harness.py"]
+    assert [name for name, tops in seen.items() if "lm_eval" in tops] == ["modelscope_dolly.evaluation.lm_eval_adapter"]
 
 
 def test_only_some_modules_touch_modelscope():
-    for name, path in ((name, path) for name, files in parts().items() for path in files):
-        dotted = {whole for top, whole in imports(path) if top.startswith("modelscope")}
+    for name, path in modules(PACKAGE).items():
+        dotted = {whole for whole in imports(path) if whole.startswith("modelscope.")}
         hub = {whole for whole in dotted if ".hub" in whole}
-        if hub:
-            assert name in HUB_CLIENT, f"{name} imports {hub}"
-        if dotted - hub:
-            assert name in REGISTRIES, f"{name} imports {dotted - hub}"
+        assert not hub or name in HUB_CLIENT, f"{name} imports {hub}"
+        assert not dotted - hub or name in REGISTRIES, f"{name} imports {dotted - hub}"
 
 
-LIGHT = ("__init__", "cli", "errors", "prompt", "manifest", "weights", "benchmark/__init__", "benchmark/options",
-         "evaluation/__init__", "evaluation/published", "evaluation/results", "evaluation/command", "evaluation/data",
-         "evaluation/rows", "evaluation/store")  # fmt: skip
-
-
-@pytest.mark.parametrize("module", LIGHT)
-def test_light_modules_import_nothing_heavy_at_the_top(module):
-    assert not {name for name, _ in imports(PACKAGE / f"{module}.py", top_level_only=True)} & HEAVY
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_import_nothing_heavy_at_the_top(name):
+    """Nor do the modules of ours that they import there."""
+    graph, known = module_imports(PACKAGE, top_level_only=True), modules(PACKAGE)
+    waiting, seen = [f"modelscope_dolly.{name}".rstrip(".")], set()
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        tops = {dotted.split(".")[0] for dotted in imports(known[module], top_level_only=True)}
+        assert not tops & HEAVY, f"{module} imports {tops & HEAVY}"
+        waiting.extend(graph[module] - seen)
 
 
 def test_only_the_prompt_module_spells_a_key():
-    spelled = [path for path in PACKAGE.rglob("*.py") if path.stem != "prompt" and "### " in path.read_text()]
-    for path in (PACKAGE.parent / "train").rglob("*.py"):
-        if "### " in path.read_text():
-            spelled.append(path)
-    assert spelled == []
+    sources = [*PACKAGE.rglob("*.py"), *RECIPE.rglob("*.py")]
+    spelled = [path for path in sources if path != PACKAGE / "prompt.py" and "### " in path.read_text()]
+    assert spelled == [] and len(sources) > 60
 
 
 def test_no_third_party_import_is_undeclared():
-    setup = (PACKAGE.parent / "setup.py").read_text()
-    seen = {name for files in parts().values() for path in files for name, _ in imports(path) if name[0] != "."}
-    third_party = {name for name in seen if name not in sys.stdlib_module_names}
+    setup = (ROOT / "setup.py").read_text()
+    seen = {dotted.split(".")[0] for path in modules(PACKAGE).values() for dotted in imports(path)}
+    third_party = {name for name in seen if name not in sys.stdlib_module_names and name != "modelscope_dolly"}
     assert third_party, "no import was seen"
     for name in third_party:
         assert f'"{name}' in setup or f"'{name}" in setup, f"{name} is imported but not in setup.py"
+
+
+def test_each_test_stands_where_its_module_does():
+    """tests/a/b/test_c.py is about a folder that the package or the recipe has."""
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    special = {Path("."), Path("support"), Path("gpu"), Path("train")}
+    for folder in folders - special:
+        inside = ROOT / folder if folder.parts[0] == "train" else PACKAGE / folder
+        assert inside.is_dir(), folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 
 import pytest
-from layouts import copy_2023_layout, plain_hf
 from modelscope.models import Model
 from modelscope.msdatasets import MsDataset
 from modelscope.pipelines import pipeline
@@ -16,6 +15,7 @@ from modelscope_dolly import DollyForTextGeneration, DollyTextGenerationPipeline
 from modelscope_dolly.errors import HardwareError, PromptError, SettingError
 from modelscope_dolly.generation import parse_input
 from modelscope_dolly.prompt import DollyTokenizer
+from tests.support.layouts import copy_2023_layout, plain_hf
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 

@@ -9,7 +9,6 @@ import threading
 import unicodedata
 
 import pytest
-from conftest import SHARED_DATA, needs_shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
@@ -30,6 +29,7 @@ from modelscope_dolly.prompt import (
     render,
     render_example,
 )
+from tests.support.paths import SHARED_DATA, needs_shared_data
 
 KEYS = (*CONTROL_KEYS, END_OF_TEXT)
 # Plain Unicode, and text dense in what is hard to stream: several bytes a character, joiners, white space, controls.

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import complete, free_port, material, write_recipe
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from modelscope_dolly import dolly_pipeline
-from modelscope_dolly.checkpoint import read_tokenizer
-from modelscope_dolly.engine import Request
-from modelscope_dolly.export import export_checkpoint
+from modelscope_dolly.checkpoint.reader import read_tokenizer
+from modelscope_dolly.checkpoint.writer import export_checkpoint
+from modelscope_dolly.engine.engine import Request
+from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.prompt import CONTROL_KEYS, END_KEY, RESPONSE_KEY
-from modelscope_dolly.sampling import Sampling
-from train.revision import Destination
-from train.staging import stage
+from tests.support.training_runs import complete, free_port, material, write_recipe
+from train.publishing.remote_files import Destination
+from train.publishing.staging import stage
 
 PYTHON = os.environ.get("DOLLY_VLLM_PYTHON")
 NAME, NEW_TOKENS = "dolly", 96

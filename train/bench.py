@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 
 from modelscope_dolly.errors import DollyError
-
-from .config import Parser, TrainConfig, add_flags, flag, resolve
+from train.config import Parser, TrainConfig, add_flags, flag, resolve
 
 MODES = ("padded", "packed")
 

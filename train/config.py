@@ -19,8 +19,7 @@ from typing import Any, NoReturn
 import yaml
 
 from modelscope_dolly.errors import SettingError, unknown_name
-
-from .revision import Destination
+from train.publishing.remote_files import Destination
 
 SCHEDULES = ("warmup", "cosine", "linear")
 BATCHING = ("packed", "padded")

@@ -28,25 +28,25 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 
 import modelscope_dolly
-from modelscope_dolly import manifest
-from modelscope_dolly.check import check_directory
+from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.checkpoint.check import check_directory
+from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.errors import DollyError, PublishError, SettingError
-from modelscope_dolly.export import export_checkpoint
-from train import attention
-from train.batching import Plan
 from train.bench import peak_memory
-from train.checkpoints import RunCheckpoint, check_disk, choose_resume, taken_by_checkpoints, writing
 from train.config import Parser, Resolved, TrainConfig, add_flags, resolve
-from train.lora import Lora, add_adapters, check_lora, merge
-from train.memory import checkpoint_bytes, disk_need
-from train.planning import Hardware, choose
+from train.data.batch_plan import Plan
+from train.planning.memory import checkpoint_bytes, disk_need
+from train.planning.zero_stage import Hardware, choose
 from train.prepare import Prepared, prepare
-from train.progress import Progress
 from train.publish import after_training, before_training
-from train.report import draw_loss, summary
-from train.run_record import describe_base
-from train.trainer import DollyTrainer, LossOf, Metrics, PlannedPasses, SaveOnSignal, StopOnBadLoss
-from train.universal import AfterConversion, Start, convert_together, starting_point
+from train.publishing.run_metadata import describe_base
+from train.training import packed_attention as attention
+from train.training.checkpoints import RunCheckpoint, check_disk, choose_resume, taken_by_checkpoints, writing
+from train.training.elastic_resume import AfterConversion, Start, convert_together, starting_point
+from train.training.lora import Lora, add_adapters, check_lora, merge
+from train.training.progress import Progress
+from train.training.report import draw_loss, summary
+from train.training.trainer import DollyTrainer, LossOf, Metrics, PlannedPasses, SaveOnSignal, StopOnBadLoss
 
 FINAL = "final"
 _NEIGHBOUR_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe")

@@ -17,11 +17,10 @@ from typing import Any
 from modelscope.trainers.base import BaseTrainer
 from modelscope.trainers.builder import TRAINERS
 
+from modelscope_dolly.checkpoint.writer import CONFIGURATION
 from modelscope_dolly.errors import DollyError
-from modelscope_dolly.export import CONFIGURATION
-
-from . import finetune
-from .config import build, read_recipe
+from train import finetune
+from train.config import build, read_recipe
 
 NAME = "dolly-v2-sft"
 
@@ -50,7 +49,7 @@ class DollyTrainerForModelScope(BaseTrainer):
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """Held-out loss at the end of the run, as metrics.jsonl has it. Raises DollyError before training."""
-        from .report import read_metrics
+        from train.training.report import read_metrics
 
         run = Path(self.resolved.config.output_dir)
         rows = read_metrics(run)[1] if (run / "metrics.jsonl").exists() else []

@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.errors import DollyError
-from modelscope_dolly.export import export_checkpoint
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, render_example
 
 RECORDS = Path(__file__).parent / "recipes" / "nano.jsonl"

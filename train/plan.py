@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 
 from modelscope_dolly.errors import DollyError, HardwareError
-
-from .config import Parser, Resolved, add_flags, resolve
-from .memory import checkpoint_bytes, disk_need, final_bytes
-from .planning import Choice, Hardware, check_disk, choose, table
-from .prepare import Prepared, make_plan, prepare
+from train.config import Parser, Resolved, add_flags, resolve
+from train.planning.memory import checkpoint_bytes, disk_need, final_bytes
+from train.planning.zero_stage import Choice, Hardware, check_disk, choose, table
+from train.prepare import Prepared, make_plan, prepare
 
 
 def main(arguments: list[str] | None = None) -> int:

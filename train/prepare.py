@@ -8,17 +8,16 @@ from pathlib import Path
 
 from transformers import GPTNeoXConfig
 
-from modelscope_dolly.checkpoint import locate, read_config, read_tokenizer
+from modelscope_dolly.checkpoint.reader import locate, read_config, read_tokenizer
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.prompt import DollyTokenizer
-
-from .batching import Plan, packed_plan, padded_plan
-from .config import TrainConfig
-from .lora import Lora, read_lora
-from .loss import Example, label_count
-from .memory import Job
-from .records import Checked, check_records, split
-from .sources import read_records
+from train.config import TrainConfig
+from train.data.batch_plan import Plan, packed_plan, padded_plan
+from train.data.records import Checked, check_records, split
+from train.data.sources import read_records
+from train.planning.memory import Job
+from train.training.lora import Lora, read_lora
+from train.training.loss import Example, label_count
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ import tempfile
 from pathlib import Path
 
 from modelscope_dolly.errors import CheckpointError, DollyError, PublishError, one_line
-
-from .config import Parser
-from .hub import BRANCH, Hub
-from .revision import VISIBILITIES, Destination, Difference, Files, compare
-from .wire import size
+from train.config import Parser
+from train.publishing.hub import BRANCH, Hub
+from train.publishing.remote_files import VISIBILITIES, Destination, Difference, Files, compare
+from train.publishing.transfer import size
 
 #: What the downloaded model is asked.
 QUESTION = "Explain to me the difference between nuclear fission and fusion."
@@ -108,7 +107,7 @@ def publish(
         PublishError: the hub or the network; one line that says whether trying again may help.
         DollyError: the checkpoint cannot be published.
     """
-    from .staging import stage
+    from train.publishing.staging import stage
 
     to, name = hub.destination, f"{hub.id}@{hub.destination.revision}"
 
@@ -194,8 +193,7 @@ def verify_download(hub: Hub, staged: Path, files: Files) -> None:
     from modelscope.utils.constant import Tasks
 
     import modelscope_dolly  # noqa: F401 - registers the pipeline
-
-    from .staging import listing
+    from train.publishing.staging import listing
 
     with tempfile.TemporaryDirectory(prefix=".download.", dir=staged.parent) as cache:
         there = hub.download(Path(cache))

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import peers
-from .limits import disturbances, spread
-from .process import Bench, progress
-from .synthetic import make_checkpoint, parse_shape
+from modelscope_dolly.benchmark import peers
+from modelscope_dolly.benchmark.limits import disturbances, spread
+from modelscope_dolly.benchmark.process import Bench, progress
+from modelscope_dolly.benchmark.synthetic import make_checkpoint, parse_shape
 
 if TYPE_CHECKING:
-    from ..loading import Dolly
-    from ..neox import NeoX
+    from modelscope_dolly.engine.gpt_neox import NeoX
+    from modelscope_dolly.load import Dolly
 
 #: Guesses that a pass verifies.
 LENGTHS = tuple(range(1, 9))
@@ -76,9 +76,9 @@ def pays_from(count: int, cost: float) -> float | None:
 
 def run_draft(dolly: Dolly, job: dict) -> dict:
     """In the child: seconds of a plain step, of a pass of the draft, and of passes over 1 + 1 ... 1 + 8 tokens."""
-    from ..engine import Request, RunStats
-    from ..sampling import Sampling
-    from .worker import run_timed
+    from modelscope_dolly.benchmark.worker import run_timed
+    from modelscope_dolly.engine.engine import Request, RunStats
+    from modelscope_dolly.engine.sampling import Sampling
 
     engine, prompt = dolly.responder.engine, job["prompt_ids"]
     draft, engine.draft = engine.draft, None
@@ -100,7 +100,7 @@ def run_draft(dolly: Dolly, job: dict) -> dict:
 
 def _passes(net: NeoX, device: torch.device, prompt: list[int], count: int, repeats: int) -> list[float]:
     """Seconds of passes over `count` tokens behind a prompt, the first two not counted."""
-    from ..neox import KVCache, Step
+    from modelscope_dolly.engine.gpt_neox import KVCache, Step
 
     cache = KVCache(1, len(prompt) + count)
     tokens = torch.full((count,), prompt[0], device=device)

@@ -22,10 +22,10 @@ import psutil
 import torch
 from torch.nn import functional as F
 
-from ..hardware import DTYPES, free_memory
-from ..neox import parameter_shapes
-from ..quantize import BYTES_PER_WEIGHT
-from . import peers
+from modelscope_dolly.benchmark import peers
+from modelscope_dolly.engine.gpt_neox import parameter_shapes
+from modelscope_dolly.hardware import DTYPES, free_memory
+from modelscope_dolly.kernels.quantized_linear import BYTES_PER_WEIGHT
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import SettingError
-from ..manifest import read_json_lines
-from . import peers
+from modelscope_dolly.benchmark import peers
+from modelscope_dolly.checkpoint.manifest import read_json_lines
+from modelscope_dolly.errors import SettingError
 
 if TYPE_CHECKING:
-    from ..decode import Forward
-    from ..engine import Engine
-    from ..neox import KVCache, NeoX, Step
-    from ..prompt import DollyTokenizer
-    from .process import Bench
+    from modelscope_dolly.benchmark.process import Bench
+    from modelscope_dolly.engine.cuda_graphs import Forward
+    from modelscope_dolly.engine.engine import Engine
+    from modelscope_dolly.engine.gpt_neox import KVCache, NeoX, Step
+    from modelscope_dolly.prompt import DollyTokenizer
 
 #: Kinds of text: with a context to copy from, and without one.
 KINDS = ("context", "free")
@@ -113,7 +113,7 @@ def choose(
 
 def measure(run: Bench) -> None:
     """`lookup`: a row for each format and kind of text, seconds behind the first token without and with guessing."""
-    from ..checkpoint import read_tokenizer
+    from modelscope_dolly.checkpoint.reader import read_tokenizer
 
     settings = run.settings
     if settings.model is None and settings.tokenizer is None:
@@ -138,7 +138,7 @@ def measure(run: Bench) -> None:
 
 
 def _row(number_format: str, kind: str, one: dict, result: dict) -> dict:
-    from .limits import disturbances, spread
+    from modelscope_dolly.benchmark.limits import disturbances, spread
 
     plain, guessing = spread(one["plain_s"]), spread(one["guessing_s"])
     return {
@@ -181,9 +181,9 @@ def run_lookup(engine: Engine, job: dict) -> dict:
 
 def _answer(engine: Engine, net: Scripted, example: tuple[list[int], int], guessing: bool) -> tuple[float, Any]:
     """Seconds from the first token of the scripted answer to its last, and what the run did."""
-    from ..engine import Request, RunStats
-    from ..guess import PromptLookup
-    from ..sampling import Sampling
+    from modelscope_dolly.engine.engine import Request, RunStats
+    from modelscope_dolly.engine.sampling import Sampling
+    from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
 
     ids, begin = example
     net.follow(ids)

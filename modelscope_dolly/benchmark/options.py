@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import SettingError, unknown_name
+from modelscope_dolly.errors import SettingError, unknown_name
 
 ENGINES = ("hf", "hf-compile", "ctranslate2", "llamacpp", "vllm")
 FORMATS = ("none", "int8", "int4")

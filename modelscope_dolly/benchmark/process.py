@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import locate, open_checkpoint, read_config
-from ..errors import DollyError, SettingError
-from ..hardware import DTYPES, choose_device, choose_threads, parse_dtype
-from ..loading import choose_number_type
-from . import limits, peers
-from .options import ENGINES, BenchSettings
-from .synthetic import make_checkpoint, parse_shape
+from modelscope_dolly.benchmark import limits, peers
+from modelscope_dolly.benchmark.options import ENGINES, BenchSettings
+from modelscope_dolly.benchmark.synthetic import make_checkpoint, parse_shape
+from modelscope_dolly.checkpoint.reader import locate, open_checkpoint, read_config
+from modelscope_dolly.errors import DollyError, SettingError
+from modelscope_dolly.hardware import DTYPES, choose_device, choose_threads, parse_dtype
+from modelscope_dolly.load import choose_number_type
 
 
 class Bench:

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint import Checkpoint, locate, open_checkpoint
-from ..errors import SettingError
-from ..hardware import check_disk, free_memory
-from ..loading import held_bytes, load
-from ..neox import KVCache, NeoX, Step
-from .limits import machine
-from .lookup import encoded, read_texts
-from .process import Bench, progress
+from modelscope_dolly.benchmark.limits import machine
+from modelscope_dolly.benchmark.lookup import encoded, read_texts
+from modelscope_dolly.benchmark.process import Bench, progress
+from modelscope_dolly.checkpoint.reader import Checkpoint, locate, open_checkpoint
+from modelscope_dolly.engine.gpt_neox import KVCache, NeoX, Step
+from modelscope_dolly.errors import SettingError
+from modelscope_dolly.hardware import check_disk, free_memory
+from modelscope_dolly.load import held_bytes, load
 
 if TYPE_CHECKING:
-    from ..prompt import DollyTokenizer
-    from .options import BenchSettings
+    from modelscope_dolly.benchmark.options import BenchSettings
+    from modelscope_dolly.prompt import DollyTokenizer
 
 _RECORDS = 32
 #: Longer examples are cut: a pass over one is one block of logits [N, V].

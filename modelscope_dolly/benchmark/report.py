@@ -23,7 +23,7 @@ def _end(found: dict) -> list[str]:
 
 
 def _quality(found: dict) -> list[str]:
-    from .quality import report as quality_report
+    from modelscope_dolly.benchmark.quality import report as quality_report
 
     return [quality_report(found["quality"])]
 

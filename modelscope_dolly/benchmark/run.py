@@ -12,13 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..errors import DollyError
-from ..hardware import free_memory, gigabytes
-from ..plan import FORMATS, weight_bytes
-from . import limits, peers
-from .limits import disturbances, spread
-from .options import ENGINES, BenchSettings
-from .process import Bench, progress
+from modelscope_dolly.benchmark import limits, peers
+from modelscope_dolly.benchmark.limits import disturbances, spread
+from modelscope_dolly.benchmark.options import ENGINES, BenchSettings
+from modelscope_dolly.benchmark.process import Bench, progress
+from modelscope_dolly.checkpoint.memory import FORMATS, weight_bytes
+from modelscope_dolly.errors import DollyError
+from modelscope_dolly.hardware import free_memory, gigabytes
 
 
 def bench(settings: BenchSettings, found: dict | None = None) -> dict:
@@ -39,7 +39,7 @@ def bench(settings: BenchSettings, found: dict | None = None) -> dict:
     run.found |= _record(settings)
     try:
         if settings.quality:
-            from .quality import compare as compare_quality
+            from modelscope_dolly.benchmark.quality import compare as compare_quality
 
             compare_quality(run)
         else:
@@ -57,17 +57,17 @@ def bench(settings: BenchSettings, found: dict | None = None) -> dict:
 
 def _mode(run: Bench) -> None:
     if run.settings.cold:
-        from .start import measure as cold
+        from modelscope_dolly.benchmark.start import measure as cold
 
         cold(run)
     elif run.settings.mixed:
         mixed(run)
     elif run.settings.lookup:
-        from .lookup import measure as lookup
+        from modelscope_dolly.benchmark.lookup import measure as lookup
 
         lookup(run)
     elif run.settings.draft:
-        from .drafting import measure as draft
+        from modelscope_dolly.benchmark.drafting import measure as draft
 
         draft(run)
     else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .limits import disturbances, spread
-from .process import Bench, progress
+from modelscope_dolly.benchmark.limits import disturbances, spread
+from modelscope_dolly.benchmark.process import Bench, progress
 
 SOURCES = ("memory", "disk")
 

@@ -13,17 +13,17 @@ SPAWNED = time.time()  # for a process that is not told when it was started
 
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from ..errors import DollyError  # noqa: E402
-from . import peers  # noqa: E402
+from modelscope_dolly.benchmark import peers  # noqa: E402
+from modelscope_dolly.errors import DollyError  # noqa: E402
 
 if TYPE_CHECKING:
-    from ..engine import Engine, Request
-    from ..loading import Dolly
+    from modelscope_dolly.engine.engine import Engine, Request
+    from modelscope_dolly.load import Dolly
 
 
 def load_dolly(job: dict) -> Dolly:
     """The checkpoint in the job's format: a number type, or int8 or int4."""
-    from ..loading import load
+    from modelscope_dolly.load import load
 
     more = {"quantize": job["format"] if job["format"] in ("int8", "int4") else None, "draft": job.get("draft")}
     return load(job["model"], job["device"], job["dtype"], threads=job["threads"], **more)
@@ -31,9 +31,9 @@ def load_dolly(job: dict) -> Dolly:
 
 def loader(job: dict) -> peers.Generate:
     """As the loaders of peers.py. Sets job["held"], see limits.bytes_per_step."""
-    from ..engine import Request
-    from ..quantize import BF16Linear
-    from ..sampling import Sampling
+    from modelscope_dolly.engine.engine import Request
+    from modelscope_dolly.engine.sampling import Sampling
+    from modelscope_dolly.kernels.quantized_linear import BF16Linear
 
     engine = load_dolly(job).responder.engine
     job["held"] = "bf16" if isinstance(engine.net.embed_out, BF16Linear) else None
@@ -53,8 +53,8 @@ def loader(job: dict) -> peers.Generate:
 
 def run_mixed(job: dict) -> dict:
     """All requests through the slots, each refilled when its answer ends."""
-    from ..engine import Request, RunStats
-    from ..sampling import Sampling
+    from modelscope_dolly.engine.engine import Request, RunStats
+    from modelscope_dolly.engine.sampling import Sampling
 
     peers.peak(job, reset=True)
     engine = load_dolly(job).responder.engine
@@ -95,9 +95,9 @@ def run_cold(job: dict) -> dict:
     # load() imports these when it first needs them; here they count as import
     from transformers import GPTNeoXConfig, PreTrainedTokenizerFast  # noqa: F401
 
-    from .. import loading
-    from ..engine import Request
-    from ..sampling import Sampling
+    from modelscope_dolly import load as loading
+    from modelscope_dolly.engine.engine import Request
+    from modelscope_dolly.engine.sampling import Sampling
 
     phases = {"import": time.time() - job.get("spawned", SPAWNED), "check": 0.0, "read_and_place": 0.0}
 
@@ -126,7 +126,7 @@ def main() -> int:
     job = peers.read_job()
     try:
         if "limits" in job:
-            from .limits import run_limits
+            from modelscope_dolly.benchmark.limits import run_limits
 
             result = run_limits(job)
         elif "prompt" in job:
@@ -134,11 +134,11 @@ def main() -> int:
         elif "requests" in job:
             result = run_mixed(job)
         elif "lookup" in job:
-            from .lookup import run_lookup
+            from modelscope_dolly.benchmark.lookup import run_lookup
 
             result = run_lookup(load_dolly(job).responder.engine, job)
         elif "draft" in job:
-            from .drafting import run_draft
+            from modelscope_dolly.benchmark.drafting import run_draft
 
             result = run_draft(load_dolly(job), job)
         else:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import DollyError
-from .harness import CardLM, SharedPrefixLM, Task, card_tasks, score
-from .published import NAMES
-from .subject import Subject, examine, load_model, load_tokenizer
+from modelscope_dolly.errors import DollyError
+from modelscope_dolly.evaluation.lm_eval_adapter import CardLM, SharedPrefixLM, Task, card_tasks, score
+from modelscope_dolly.evaluation.published import NAMES
+from modelscope_dolly.evaluation.subject import Subject, examine, load_model, load_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:

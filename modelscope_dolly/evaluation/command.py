@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..errors import SettingError
+from modelscope_dolly.errors import SettingError
 
 
 def add_options(parser: argparse.ArgumentParser, variable: str) -> None:
@@ -32,8 +32,8 @@ def add_options(parser: argparse.ArgumentParser, variable: str) -> None:
 
 def run(options: argparse.Namespace, model: str | None) -> int:
     """The exit code: 1 where data are not exact or the card is not reproduced, as asked for."""
-    from . import results
-    from .rows import check_can_pass, published_rows, reference_row
+    from modelscope_dolly.evaluation import results
+    from modelscope_dolly.evaluation.rows import check_can_pass, published_rows, reference_row
 
     if options.published:
         rows = published_rows()
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, model: str | None) -> int:
     reference = reference_row(options.row, model)
     if options.check_against:
         check_can_pass(model, reference, options.limit, options.template)
-    from .run import Settings, evaluate
+    from modelscope_dolly.evaluation.run import Settings, evaluate
 
     names = ("revision", "limit", "batch_size", "device", "dtype", "softmax_dtype", "template", "scorer")
     given = {name: getattr(options, name) for name in names}
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace, model: str | None) -> int:
 
 def _tasks(options: argparse.Namespace) -> tuple[str, ...]:
     """Of --tasks, with spaces or commas between them; each once, in the card's order."""
-    from .published import NAMES
+    from modelscope_dolly.evaluation.published import NAMES
 
     given = [name for part in options.tasks or NAMES for name in part.split(",") if name]
     return tuple(sorted(set(given), key=lambda name: NAMES.index(name) if name in NAMES else -1))
@@ -68,7 +68,7 @@ def _data(options: argparse.Namespace) -> Path | None:
 
 
 def _verify_data(options: argparse.Namespace) -> int:
-    from .run import verify
+    from modelscope_dolly.evaluation.run import verify
 
     findings = verify(_tasks(options), _data(options))
     if options.json:

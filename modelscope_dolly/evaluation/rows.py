@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import SettingError, unknown_name
-from . import store
-from .published import NAMES, ROWS, TASKS, gmean, gmean_error, row_of, standard_error
+from modelscope_dolly.errors import SettingError, unknown_name
+from modelscope_dolly.evaluation import store
+from modelscope_dolly.evaluation.published import NAMES, ROWS, TASKS, gmean, gmean_error, row_of, standard_error
 
 #: A model reproduces its row if it is within these: points of each task, and the difference of the gmeans. The same
 #: weights measured elsewhere differ by up to 1.4 points and 0.006 (docs/evaluation.md).

@@ -16,16 +16,23 @@ from pathlib import Path
 
 import torch
 
-from ..errors import HardwareError, SettingError, unknown_name
-from ..hardware import DTYPES, dtype_name, parse_dtype
-from ..prompt import DollyTokenizer
-from . import store
-from .data import is_exact
-from .harness import CardLM, SharedPrefixLM, Task, card_tasks, requests_and_gold, score
-from .published import BY_NAME, NAMES
-from .shared_prefix import MODEL_TYPES
-from .store import RunIdentity, TaskResult
-from .subject import Subject, examine, load_model, load_tokenizer
+from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
+from modelscope_dolly.evaluation import store
+from modelscope_dolly.evaluation.data import is_exact
+from modelscope_dolly.evaluation.lm_eval_adapter import (
+    CardLM,
+    SharedPrefixLM,
+    Task,
+    card_tasks,
+    requests_and_gold,
+    score,
+)
+from modelscope_dolly.evaluation.published import BY_NAME, NAMES
+from modelscope_dolly.evaluation.shared_prefix import MODEL_TYPES
+from modelscope_dolly.evaluation.store import RunIdentity, TaskResult
+from modelscope_dolly.evaluation.subject import Subject, examine, load_model, load_tokenizer
+from modelscope_dolly.hardware import DTYPES, dtype_name, parse_dtype
+from modelscope_dolly.prompt import DollyTokenizer
 
 SCORERS = ("auto", "shared", "hf")
 TEMPLATES = ("none", "dolly")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import manifest
-from ..checkpoint import DEFAULT_REVISION, locate, repair_hint
-from ..errors import CheckpointError, HardwareError, one_line
-from ..hardware import choose_device, choose_dtype, dtype_name, free_memory, gigabytes
-from ..weights import weight_files
+from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.checkpoint.reader import DEFAULT_REVISION, locate, repair_hint
+from modelscope_dolly.checkpoint.weights import weight_files
+from modelscope_dolly.errors import CheckpointError, HardwareError, one_line
+from modelscope_dolly.hardware import choose_device, choose_dtype, dtype_name, free_memory, gigabytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

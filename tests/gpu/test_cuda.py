@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from modelscope_dolly.errors import HardwareError
 from modelscope_dolly.generation import GenerationSettings, Prompt
 from modelscope_dolly.hardware import choose_device, choose_dtype, free_memory
-from modelscope_dolly.loading import load
+from modelscope_dolly.load import load
 
 pytestmark = [
     pytest.mark.gpu,

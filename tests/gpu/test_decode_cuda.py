@@ -6,14 +6,15 @@ import random
 
 import pytest
 import torch
-from conftest import our_engine, random_model
 
-from modelscope_dolly import triton_kernels, varlen
-from modelscope_dolly.decode import Decoder
-from modelscope_dolly.engine import Engine, Request
+from modelscope_dolly.engine.cuda_graphs import Decoder
+from modelscope_dolly.engine.engine import Engine, Request
+from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.generation import GenerationSettings, Prompt
-from modelscope_dolly.loading import load
-from modelscope_dolly.sampling import Sampling
+from modelscope_dolly.kernels import triton_decode as triton_kernels
+from modelscope_dolly.kernels import varlen_attention as varlen
+from modelscope_dolly.load import load
+from tests.support.models import our_engine, random_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from modelscope_dolly import quantize, triton_kernels
+from modelscope_dolly.kernels import quantized_linear as quantize
+from modelscope_dolly.kernels import triton_decode as triton_kernels
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,1 @@
+"""Checkpoint directories: found, read, verified, written, quantised."""

@@ -1,0 +1,138 @@
+"""`dolly check DIR`: everything that can be known about a checkpoint directory, one line per finding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modelscope_dolly import PIPELINE_TYPE
+from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.checkpoint.manifest import read_json
+from modelscope_dolly.checkpoint.reader import (
+    expected_tensors,
+    read_config,
+    read_tokenizer,
+    refuse,
+    repair_hint,
+    vocabulary_problems,
+)
+from modelscope_dolly.checkpoint.weights import inventory, read_tensors, weight_files
+from modelscope_dolly.errors import CheckpointError
+from modelscope_dolly.hardware import dtype_name
+from modelscope_dolly.prompt import CONTROL_KEYS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`status` is ok, note (works, but worth knowing) or problem."""
+
+    status: str
+    subject: str
+    detail: str
+
+
+def check_directory(path: str | Path) -> list[Finding]:
+    """Run all checks, each as far as the others allow; reads every byte of the weights."""
+    path = Path(path)
+    findings: list[Finding] = []
+
+    def attempt(subject: str, step: Callable[[], str]) -> bool:
+        try:
+            findings.append(Finding("ok", subject, step()))
+        except CheckpointError as error:
+            findings.append(Finding("problem", subject, str(error)))
+            return False
+        return True
+
+    if not path.is_dir():
+        return [Finding("problem", "directory", f"{path}: no such directory")]
+    attempt("manifest", lambda: _manifest(path))
+    config_ok = attempt("config.json", lambda: _config(path))
+    tokenizer_ok = attempt("tokenizer", lambda: _tokenizer(path))
+    if config_ok and tokenizer_ok:
+        attempt("vocabulary", lambda: _vocabulary(path))
+    if config_ok and attempt("weight names", lambda: _names(path)):
+        attempt("weight values", lambda: _values(path))
+    findings.extend(Finding("note", subject, detail) for subject, detail in _notes(path))
+    if any(finding.status == "problem" for finding in findings):
+        findings.append(Finding("note", "repair", repair_hint(path)))
+    return findings
+
+
+def _manifest(path: Path) -> str:
+    listed = manifest.read(path)
+    if listed is None:
+        return "none: file contents cannot be compared with what was published"
+    refuse(manifest.problems(path))
+    return f"{len(listed)} files have the size and sha256 they were published with"
+
+
+def _config(path: Path) -> str:
+    config = read_config(path)
+    return f"{config.num_hidden_layers} layers of width {config.hidden_size}, window {config.max_position_embeddings}"
+
+
+def _tokenizer(path: Path) -> str:
+    tokenizer = read_tokenizer(path)
+    ids = ", ".join(f"{key.strip()} {tokenizer.tokenizer.convert_tokens_to_ids(key)}" for key in CONTROL_KEYS)
+    return f"{len(tokenizer.tokenizer)} tokens, keys: {ids}"
+
+
+def _vocabulary(path: Path) -> str:
+    config, tokenizer = read_config(path), read_tokenizer(path)
+    refuse(vocabulary_problems(path, config, tokenizer))
+    return f"the network has {config.vocab_size} rows for {len(tokenizer.tokenizer)} tokens"
+
+
+def _names(path: Path) -> str:
+    files = weight_files(path)
+    places, wrong = inventory(path, expected_tensors(path, read_config(path)), files)
+    refuse(wrong)
+    return f"{len(places)} tensors of the right shape in {len(files)} file{'s' if len(files) > 1 else ''}"
+
+
+def _values(path: Path) -> str:
+    places, _ = inventory(path, expected_tensors(path, read_config(path)), weight_files(path))
+    total, types, wrong = 0, set(), []
+    for name, tensor in read_tensors(places):
+        total += tensor.numel()
+        types.add(dtype_name(tensor.dtype))
+        if not bool(torch.isfinite(tensor).all()):
+            wrong.append(f"{places[name][0]}: {name} holds values that are not finite")
+        elif tensor.dtype == torch.int8 and int(tensor.min()) < -127:
+            wrong.append(f"{places[name][0]}: {name} holds -128, the smallest number of int8 weights is -127")
+        elif tensor.dim() == 2 and not bool(tensor.any()):
+            wrong.append(f"{places[name][0]}: {name} is all zeros")
+    refuse(wrong)
+    return f"{total:,} values, all finite, stored as {', '.join(sorted(types))}"
+
+
+def _notes(path: Path) -> list[tuple[str, str]]:
+    notes = []
+    code = sorted(file.name for file in path.rglob("*.py"))
+    if code:
+        notes.append(("code", f"{', '.join(code[:3])}: never run by this package"))
+    try:
+        pipeline = read_json(path / "configuration.json")
+    except CheckpointError:
+        pipeline = {}
+    kind = pipeline.get("pipeline")
+    kind = kind.get("type") if isinstance(kind, dict) else None
+    if kind != PIPELINE_TYPE or pipeline.get("allow_remote") or pipeline.get("plugins"):
+        notes.append(
+            (
+                "configuration.json",
+                f"does not name {PIPELINE_TYPE!r} alone: ModelScope's pipeline() cannot load this directory, "
+                "modelscope_dolly.dolly_pipeline() can",
+            )
+        )
+    return notes
+
+
+def report(findings: list[Finding]) -> str:
+    """The findings for people."""
+    width = max(len(finding.subject) for finding in findings)
+    return "\n".join(f"{finding.status:<8} {finding.subject:<{width}}  {finding.detail}" for finding in findings)

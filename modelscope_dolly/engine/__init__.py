@@ -1,0 +1,1 @@
+"""The decode engine: token ids in, token ids out; it never sees text."""

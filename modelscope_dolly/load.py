@@ -1,0 +1,290 @@
+"""Load a checkpoint directory: weights, tokenizer and engine on one device, or spread over several.
+
+Knows nothing of ModelScope: model.py and pipeline.py adapt it, the command line uses it directly.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from modelscope_dolly.checkpoint.memory import bytes_per_weight, weight_bytes
+from modelscope_dolly.checkpoint.reader import Checkpoint, locate, open_checkpoint
+from modelscope_dolly.checkpoint.weights import WeightFile, read_tensors
+from modelscope_dolly.engine.cuda_graphs import Decoder, way
+from modelscope_dolly.engine.engine import Engine
+from modelscope_dolly.engine.gpt_neox import NeoX, parameter_shapes
+from modelscope_dolly.engine.speculative.draft_model import Draft
+from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
+from modelscope_dolly.generation import Responder
+from modelscope_dolly.hardware import (
+    Choice,
+    choose_device,
+    choose_dtype,
+    choose_threads,
+    cpu_computes_bf16,
+    dtype_name,
+    free_memory,
+    gigabytes,
+)
+from modelscope_dolly.kernels import cpu as kernels
+from modelscope_dolly.kernels.quantized_linear import PackedLinear, is_linear, parse_quantize, replace_linears
+
+log = logging.getLogger("modelscope.dolly")
+
+
+@dataclass(frozen=True)
+class Dolly:
+    """A loaded dolly-v2.
+
+    Attributes:
+        checkpoint: where it came from; with configuration and tokenizer.
+        net: the network, its weights in `dtype`.
+        device: where token ids go in.
+        responder: answers prompts with it.
+    """
+
+    checkpoint: Checkpoint
+    net: NeoX
+    device: torch.device
+    dtype: torch.dtype
+    responder: Responder
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | None = None,
+    verify: bool = True,
+    quantize: str | None = None,
+    threads: int | None = None,
+    draft: str | Path | None = None,
+) -> Dolly:
+    """Load a checkpoint directory.
+
+    Args:
+        path: the directory; see checkpoint.locate for hub ids.
+        device: see hardware.choose_device.
+        dtype: "bf16", "fp16", "fp32", a torch.dtype, or None for what suits the device.
+        device_map: "auto" or a dict, to spread the layers over several devices with accelerate; excludes `device`.
+        verify: compare the files with manifest.json where there is one (sha256; seconds for a large model).
+        quantize: "int8" or "int4": the linear layers are quantised while they are read (CPU, or one CUDA device).
+        threads: of the CPU, for the whole process; see hardware.choose_threads.
+        draft: directory or hub id of a smaller model of the family with the same vocabulary; it guesses tokens for this
+            one to verify, see draft.py. It lies on the same device, in the same number type, quantised the same way.
+
+    Raises:
+        CheckpointError, HardwareError, SettingError.
+    """
+    if device_map is not None and device not in (None, "gpu"):
+        raise SettingError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
+    wanted = parse_quantize(quantize)
+    chosen = choose_device(device)
+    if threads is not None or chosen.value.type == "cpu":
+        torch.set_num_threads(choose_threads(threads).value)
+    checkpoint = open_checkpoint(path, verify)
+    method = _agreed(checkpoint, wanted)
+    chosen_dtype = choose_number_type(checkpoint, chosen.value, dtype, method)
+    place, number = chosen.value, chosen_dtype.value
+    # The draft first: the room it takes is then gone when the network's own need is compared with what is free.
+    drafting = _load_draft(checkpoint, draft, number, place, verify, wanted) if draft is not None else None
+    if device_map is None:
+        log.info("device %s; weights in %s", chosen, chosen_dtype)
+        if place.type == "cpu":
+            log.info("packed linear layers and attention of decode steps: %s", kernels.describe())
+        net = load_network(checkpoint, number, {"": place}, method)
+    else:
+        placement = plan_placement(checkpoint, number, device_map)
+        log.info("weights in %s over %s", chosen_dtype, sorted(map(str, set(placement.values()))))
+        net = load_network(checkpoint, number, placement, method)
+        place = _spread(net, placement)
+    engine = Engine(net, place, checkpoint.config.max_position_embeddings, drafting)
+    if place.type == "cuda" and device_map is None and way() != "plain":
+        engine.decoder = Decoder(net, place)
+    return Dolly(checkpoint, net, place, number, Responder(engine, checkpoint.tokenizer))
+
+
+def choose_number_type(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    requested: str | torch.dtype | None = None,
+    quantize: str | None = None,
+) -> Choice:
+    """hardware.choose_dtype, knowing what float32 takes here: bfloat16 weights stay so where our kernels compute."""
+    if quantize or checkpoint.quantization:
+        return choose_dtype(device, requested)  # it decides about the embedding alone
+    need, method = held_bytes(checkpoint, torch.float32, device)
+    how = "; linear weights stay in bfloat16, as stored, and are multiplied in float32" if method else ""
+    return choose_dtype(device, requested, need, how)
+
+
+def held_bytes(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+) -> tuple[int, str | None]:
+    """Bytes that the weights take on one device, and how linear layers are kept there: see plan.bytes_per_weight."""
+    method = _packing(checkpoint, dtype, {"": device}, _agreed(checkpoint, quantize))
+    return weight_bytes(checkpoint.config, dtype.itemsize, method), method
+
+
+def _load_draft(
+    checkpoint: Checkpoint, draft: str | Path, dtype: torch.dtype, place: torch.device, verify: bool, wanted: str | None
+) -> Draft:
+    """The network that drafts for the one in `checkpoint`. Raises SettingError where a token means two things."""
+    other = open_checkpoint(locate(str(draft)), verify)
+    sizes = checkpoint.config.vocab_size, other.config.vocab_size
+    tokens, other_tokens = (one.tokenizer.tokenizer.get_vocab() for one in (checkpoint, other))
+    if sizes[0] != sizes[1] or tokens != other_tokens:
+        found = f"{sizes[1]} tokens instead of {sizes[0]}" if sizes[0] != sizes[1] else "other tokens"
+        raise SettingError(
+            f"draft {str(draft)!r} has another vocabulary than {checkpoint.path} ({found}); "
+            "a draft must be a smaller model of the same family, such as dolly-v2-3b for dolly-v2-12b"
+        )
+    log.info("draft from %s", other.path)
+    return Draft(load_network(other, dtype, {"": place}, _agreed(other, wanted)))
+
+
+def load_network(
+    checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any], quantize: str | None = None
+) -> NeoX:
+    """Build the network and copy each tensor from its file straight to its device, in the final number type.
+
+    Args:
+        checkpoint: opened and checked.
+        dtype: of the weights in memory.
+        placement: module name -> device, as accelerate's device maps; "" is everything else.
+        quantize: "int8", "int4" or None; see quantize.py.
+
+    Raises:
+        HardwareError: it does not fit, or is to be quantised on mps or on several devices; said before anything is
+            read.
+    """
+    with torch.device("meta"):
+        net = NeoX(checkpoint.config)
+    method = _packing(checkpoint, dtype, placement, _agreed(checkpoint, quantize))
+    _check_memory(net, dtype, placement, method)
+    total = sum(parameter.numel() for parameter in net.parameters())
+    if method:
+        replace_linears(net, method, _place("embed_out.weight", placement))
+    # disable=None: a bar on a terminal, nothing in a log file
+    with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
+        for name, tensor in read_tensors(checkpoint.tensors):
+            owner, _, leaf = name.rpartition(".")
+            module = net.get_submodule(owner)
+            if isinstance(module, PackedLinear):
+                module.take(leaf, tensor)
+            else:
+                # copy=True: the tensor read is a view of the file, which may be replaced while the model lives
+                here = tensor.to(_place(name, placement), dtype, copy=True)
+                module.register_parameter(leaf, nn.Parameter(here, requires_grad=False))
+            bar.update(tensor.numel())
+    if checkpoint.config.tie_word_embeddings:
+        if method:
+            net.embed_out.take("weight", net.gpt_neox.embed_in.weight)
+        else:
+            net.embed_out.weight = net.gpt_neox.embed_in.weight
+    return net.eval()
+
+
+def _agreed(checkpoint: Checkpoint, quantize: str | None) -> str | None:
+    """The method of a quantised checkpoint, or the one asked for. Raises SettingError when they differ."""
+    if checkpoint.quantization and quantize not in (None, checkpoint.quantization):
+        raise SettingError(
+            f"{checkpoint.path}: is quantised to {checkpoint.quantization}; leave out quantize={quantize!r}, or "
+            "give the checkpoint it was made from"
+        )
+    return checkpoint.quantization or quantize
+
+
+def _packing(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any], quantize: str | None) -> str | None:
+    """How the linear layers are kept: "int8", "int4", "bf16" (packed for our kernels), or None (torch's own)."""
+    on_cpu = all(torch.device(device).type == "cpu" for device in placement.values())
+    on_cuda = set(placement) == {""} and torch.device(placement[""]).type == "cuda"
+    if quantize and not on_cpu and not on_cuda:
+        places = ", ".join(sorted({str(device) for device in placement.values()}))
+        raise HardwareError(
+            f"quantize={quantize!r} is for the CPU or one CUDA device, not for {places}; "
+            "use device='cpu' or device='cuda:0', or quantize=None"
+        )
+    if quantize and on_cpu and dtype == torch.float16:
+        raise SettingError(f"quantize={quantize!r} computes in fp32 or bf16 on the CPU; use dtype='fp32'")
+    if quantize or not on_cpu or not kernels.level():
+        return quantize
+    if dtype == torch.bfloat16:  # torch emulates it where the processor lacks it, many times slower than float32
+        return None if cpu_computes_bf16() else "bf16"
+    # The products of float32 from weights that take half the room and half the time to read: nothing is lost.
+    return "bf16" if dtype == torch.float32 and _stored_in_bf16(checkpoint) else None
+
+
+def _stored_in_bf16(checkpoint: Checkpoint) -> bool:
+    """Whether all linear weights are bfloat16 in their files."""
+    shapes = parameter_shapes(checkpoint.config)
+    linear = [place for name, place in checkpoint.tensors.items() if is_linear(name, shapes[name])]
+    files = {file: WeightFile(file) for file, _ in linear}
+    types = {files[file].number_type(stored) for file, stored in linear}
+    return types <= {"BF16", "torch.bfloat16"}
+
+
+def _place(name: str, placement: dict[str, Any]) -> Any:
+    """The device of the longest module name in `placement` that `name` begins with."""
+    owners = [module for module in placement if not module or name == module or name.startswith(f"{module}.")]
+    if not owners:
+        raise SettingError(f"device_map gives no device for {name}; add an entry for it, or '' for all the rest")
+    return placement[max(owners, key=len)]
+
+
+def _check_memory(net: NeoX, dtype: torch.dtype, placement: dict[str, Any], method: str | None = None) -> None:
+    needed: dict[torch.device, float] = {}
+    for name, parameter in net.named_parameters():
+        device = torch.device(_place(name, placement))
+        width = bytes_per_weight(name, parameter.shape, dtype.itemsize, method)
+        needed[device] = needed.get(device, 0) + parameter.numel() * width
+    for device, need in needed.items():
+        if device.type in ("cpu", "cuda") and need > (free := free_memory(device)):
+            raise HardwareError(
+                f"the weights need {gigabytes(need)} on {device} in {method or dtype_name(dtype)}, "
+                f"{gigabytes(free)} are free; use a smaller model, dtype='bf16', or device_map='auto' (see: dolly plan)"
+            )
+
+
+def plan_placement(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | dict) -> dict[str, Any]:
+    """Module name -> device; "auto" fills the CUDA devices in order, then the host.
+
+    Raises:
+        HardwareError: part of the model would land on disk, which makes each token minutes long.
+        SettingError: neither "auto" nor a dict.
+    """
+    if isinstance(device_map, str):
+        if device_map != "auto":
+            raise SettingError(unknown_name("device_map", device_map, ("auto", "a dict of module names to devices")))
+        from accelerate import infer_auto_device_map
+
+        with torch.device("meta"):
+            net = NeoX(checkpoint.config)
+        device_map = infer_auto_device_map(net, no_split_module_classes=["Layer"], dtype=dtype)
+    if "disk" in device_map.values():
+        raise HardwareError(
+            "the model does not fit into the memory of the devices and the host together; see: dolly plan"
+        )
+    return dict(device_map)
+
+
+def _spread(net: NeoX, placement: dict[str, Any]) -> torch.device:
+    """Let accelerate's hooks move activations between the devices; returns where token ids go in."""
+    from accelerate import dispatch_model
+
+    accelerators = [device for device in placement.values() if str(device) != "cpu"]
+    layers = [name for name, device in placement.items() if ".layers." in name and str(device) == "cpu"]
+    if accelerators and layers:
+        log.warning(
+            "%d layers are on the CPU and are copied to the GPU for every token: expect it to be slow", len(layers)
+        )
+    main = accelerators[0] if accelerators else "cpu"
+    dispatch_model(net, placement, main_device=main, force_hooks=True)
+    return torch.device(_place("gpt_neox.embed_in.weight", placement))

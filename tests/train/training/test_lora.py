@@ -1,0 +1,216 @@
+"""Adapters: what is trained, what is not, and that the merged model is the trained one."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPTNeoXForCausalLM
+
+from modelscope_dolly.checkpoint.check import check_directory
+from modelscope_dolly.checkpoint.manifest import read_json
+from modelscope_dolly.errors import DollyError, SettingError
+from modelscope_dolly.prompt import DollyTokenizer
+from tests.support.models import random_model
+from tests.support.training_runs import complete, material, needs_deepspeed, rows, write_recipe
+from train.planning.memory import Job
+from train.training import packed_attention as attention
+from train.training.lora import CONFIG, LINEARS, Lora, add_adapters, check_lora, merge, read_lora
+from train.training.loss import packed_batch
+from train.training.packed_attention import packed_inputs
+from train.training.trainer import LossOf
+
+peft = pytest.importorskip("peft")
+
+LORA = Lora(r=4, alpha=16.0, dropout=0.0)
+CHOSEN = {"r": 4, "alpha": 16, "dropout": 0.1}
+
+
+def key_rows(tokenizer: DollyTokenizer) -> list[int]:
+    return [tokenizer.control.end, tokenizer.control.instruction, tokenizer.control.response]
+
+
+def base_model(**changes) -> GPTNeoXForCausalLM:
+    model = random_model(**changes)
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def with_adapters(tokenizer: DollyTokenizer, dtype: torch.dtype = torch.float32, moved: bool = True):
+    """A network with adapters; moved: as if they had been trained."""
+    model = add_adapters(LossOf(base_model().to(dtype)), LORA, tokenizer)
+    if moved:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for weight in trained(model).values():
+                weight.add_(0.05 * torch.randn_like(weight))
+    return model
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def example(tokenizer: DollyTokenizer) -> list[int]:
+    """Text with all three keys in it."""
+    return tokenizer.encode_example("Name a colour.", "", "Red.")[0]
+
+
+def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**packed_inputs([ids])).logits
+
+
+def test_the_gradient_reaches_the_adapters_and_the_rows_of_the_keys_and_nothing_else(tokenizer):
+    model = with_adapters(tokenizer)
+    layers = range(model.config.num_hidden_layers)
+    places = [f"layers.{i}.{'attention' if name in LINEARS[:2] else 'mlp'}.{name}" for i in layers for name in LINEARS]
+    wanted = {f"gpt_neox.{place}.lora_{half}.default.weight" for place in places for half in "AB"}
+    wanted |= {f"{name}.token_adapter.trainable_tokens_delta.default" for name in ("gpt_neox.embed_in", "lm_head")}
+
+    # Twice in one record: the key at the end of an answer is predicted, but read by nobody.
+    ids = 2 * example(tokenizer)
+    model(**packed_batch([(ids, 1)], 0), label_total=len(ids)).loss.backward()
+    reached = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert {name.removeprefix("base_model.model.network.") for name in reached} == wanted
+    for name, weight in trained(model).items():
+        assert (weight.grad.abs().sum(dim=1) > 0).all(), name
+
+
+def test_as_many_weights_are_trained_as_the_memory_arithmetic_says(tokenizer):
+    model = with_adapters(tokenizer, moved=False)
+    assert sum(weight.numel() for weight in trained(model).values()) == Job(model.config, lora_rank=LORA.r).adapters
+
+
+def test_new_adapters_change_nothing(tokenizer):
+    ids = example(tokenizer)
+    model = with_adapters(tokenizer, moved=False)
+    torch.testing.assert_close(logits(model.base_model.model.network, ids), logits(base_model(), ids), rtol=0, atol=0)
+
+
+def test_the_base_is_held_in_the_number_type_of_the_run_and_the_adapters_in_float32(tokenizer):
+    model = with_adapters(tokenizer, torch.bfloat16)
+    weights = dict(model.named_parameters())
+    ours = trained(model)
+    assert {weight.dtype for weight in ours.values()} == {torch.float32}
+    assert {weight.dtype for name, weight in weights.items() if name not in ours} == {torch.bfloat16}
+
+
+def test_the_merged_network_is_the_trained_one_and_the_adapter_alone_is_too(tokenizer, tmp_path):
+    ids, keys = example(tokenizer), key_rows(tokenizer)
+    model = with_adapters(tokenizer)
+    before = logits(model.base_model.model.network, ids)
+    merged = merge(model, LORA, tokenizer, "some/base", tmp_path / "adapter")
+    assert type(merged) is GPTNeoXForCausalLM
+    torch.testing.assert_close(logits(merged, ids), before, rtol=1e-5, atol=1e-5)
+
+    plain = base_model().state_dict()
+    assert merged.state_dict().keys() == plain.keys()
+    for name, weight in merged.state_dict().items():
+        if name in ("gpt_neox.embed_in.weight", "lm_head.weight"):
+            other = [row for row in range(len(weight)) if row not in keys]
+            assert torch.equal(weight[other], plain[name][other])
+            assert not torch.isclose(weight[keys], plain[name][keys]).all(dim=1).any()
+        else:
+            linear = name.split(".")[-2] in LINEARS and name.endswith(".weight")
+            assert torch.equal(weight, plain[name]) != linear, name
+
+    alone = peft.PeftModel.from_pretrained(base_model(), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(alone, ids), before, rtol=1e-5, atol=1e-5)
+    assert read_json(tmp_path / "adapter" / CONFIG)["base_model_name_or_path"] == "some/base"
+
+
+@pytest.mark.parametrize(
+    ("world", "stage"), [(1, "0"), pytest.param(2, "2", marks=needs_deepspeed)], ids=["one process", "two with ZeRO 2"]
+)
+def test_a_run_is_resumed_bit_by_bit_and_ends_in_plain_weights(tmp_path, world, stage):
+    settings = {"lora": CHOSEN, "zero_stage": stage, "checkpoint_activations": True, "epochs": 2}
+    done = complete(write_recipe(tmp_path / "whole", **settings), world=world)
+    whole = tmp_path / "whole" / "run"
+    recipe = write_recipe(tmp_path / "again", **settings)
+    again = tmp_path / "again" / "run"
+    newest, older = sorted(whole.glob("checkpoint-*"), key=lambda path: int(path.name[11:]), reverse=True)
+    shutil.copytree(older, again / older.name)
+    resumed = complete(recipe, world=world)
+    assert f"resuming from {again / older.name}" in resumed.stdout()
+    step = int(older.name[11:])
+    assert rows(again) == [row for row in rows(whole) if row["step"] > step] != []
+    for name in ("final/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+    # A checkpoint holds adapters and their optimizer states, not the base.
+    base = material() / "base"
+    saved = sum(path.stat().st_size for path in newest.rglob("*.safetensors"))
+    assert 0 < saved < (base / "model.safetensors").stat().st_size
+    assert "wrote" in done.stdout()
+    _check_final(whole, base)
+
+
+def _check_final(run: Path, base: Path) -> None:
+    """Sound, plain, the base and the adapter added up, and nothing else of the base changed."""
+    assert [finding for finding in check_directory(run / "final") if finding.status == "problem"] == []
+    config = read_json(run / "final" / "config.json")
+    assert (config["architectures"], config["model_type"]) == (["GPTNeoXForCausalLM"], "gpt_neox")
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, run / "final"))
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    linears = {name for name in old if name.split(".")[-2] in LINEARS and name.endswith(".weight")}
+    assert changed == linears | {"gpt_neox.embed_in.weight", "embed_out.weight"}
+
+    merged, plain = (GPTNeoXForCausalLM.from_pretrained(folder) for folder in (run / "final", base))
+    ids = torch.arange(64)[None]
+    with torch.no_grad():
+        whole = merged(ids).logits
+        alone = peft.PeftModel.from_pretrained(plain, str(run / "adapter")).eval()(ids).logits
+    torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_values_that_are_not_given_follow_from_the_rank():
+    assert read_lora(None) is None
+    assert read_lora({"r": 8}) == Lora(8, 16.0, 0.0)
+    assert read_lora(CHOSEN) == Lora(4, 16.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r": 4, "alhpa": 8}, "unknown lora setting 'alhpa'. Did you mean 'alpha'? Allowed: alpha, dropout, r"),
+        ({}, "lora.r is None, it must be a whole number of at least 1, for instance lora: {r: 16}"),
+        ({"r": 0}, "lora.r is 0, it must be"),
+        ({"r": True}, "lora.r is True, it must be"),
+        ({"r": 4.0}, "lora.r is 4.0, it must be"),
+        ({"r": 4, "alpha": "8"}, "lora.alpha is '8', it must be a number above 0"),
+        ({"r": 4, "alpha": 0}, "lora.alpha is 0, it must be"),
+        ({"r": 4, "dropout": 1.0}, "lora.dropout is 1.0, it must be in [0, 1)"),
+        ({"r": -1, "alpha": -1, "rank": 4}, "unknown lora setting 'rank'"),
+    ],
+)
+def test_mistakes_are_told_all_at_once(values, message):
+    with pytest.raises(SettingError) as error:
+        read_lora(values)
+    assert message in str(error.value)
+    assert str(error.value).count("; ") == (2 if len(values) == 3 else 0)
+
+
+def test_without_peft_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(DollyError, match="lora needs the package peft, which is not installed: pip install peft"):
+        read_lora({"r": 4})
+    assert read_lora(None) is None
+
+
+def test_zero_3_and_checkpoints_of_other_adapters_are_refused(tmp_path):
+    check_lora(None, 3, None)
+    with pytest.raises(SettingError, match="lora does not work with ZeRO 3"):
+        check_lora(LORA, 3, None)
+    with pytest.raises(SettingError, match=r"was saved with lora none and this run has \{r: 4, alpha: 16.0\}"):
+        check_lora(LORA, 2, tmp_path)
+    peft.LoraConfig(r=LORA.r, lora_alpha=LORA.alpha).save_pretrained(str(tmp_path))
+    check_lora(LORA, 2, tmp_path)
+    for other in (None, Lora(8, 16.0, 0.0), Lora(4, 8.0, 0.0)):
+        with pytest.raises(SettingError, match=r"was saved with lora \{r: 4, alpha: 16.0\} and this run has"):
+            check_lora(other, 0, tmp_path)

@@ -1,0 +1,249 @@
+"""A run that is killed, stopped or out of disk goes on with the same command as if nothing had happened."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.training_runs import (
+    STEPS,
+    Processes,
+    complete,
+    finished,
+    needs_deepspeed,
+    pause_at,
+    rows,
+    write_recipe,
+)
+from train.training.checkpoints import MARKER, newest_complete, open_run_checkpoint, run_checkpoints
+
+alone = pytest.param(1, "auto", id="one process")
+shared = [pytest.param(2, stage, id=f"two processes, ZeRO {stage}", marks=needs_deepspeed) for stage in ("2", "3")]
+everywhere = pytest.mark.parametrize(("world", "zero_stage"), [alone, *shared])
+
+
+def assert_as_if_uninterrupted(run: Path, world: int, zero_stage: str) -> None:
+    """Every loss, gradient norm and rate, and every final weight, to the bit."""
+    expected = finished(world, zero_stage)
+    assert rows(run) == rows(expected)
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run, expected))
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def cut(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def resumed_at(run: Processes) -> int:
+    """The step that a run said it goes on from; it must have begun there."""
+    step = int(re.search(r"^resuming from \S+ at step (\d+)$", run.stdout(), re.MULTILINE)[1])
+    starts = json.loads((run.folder / "run" / "run.json").read_text())["starts"]
+    assert starts[-1]["resumed_from"].endswith(f"checkpoint-{step}")
+    return step
+
+
+@everywhere
+def test_killed_at_any_step_it_goes_on_bit_for_bit(tmp_path, world, zero_stage):
+    step = random.Random(f"{world} processes, ZeRO {zero_stage}").randint(4, 10)
+    recipe = write_recipe(tmp_path, zero_stage=zero_stage)
+    run = Processes(recipe, world=world, before=functools.partial(pause_at, step + 4))
+    run.wait_for_step(step)
+    run.kill()
+    assert [rank.exitcode for rank in run.ranks] == [-signal.SIGKILL] * world
+    newest = newest_complete(tmp_path / "run")[0].step
+    assert 3 * ((step - 1) // 3) <= newest <= step + 4  # saved every 3 steps, each before the next step begins
+
+    again = complete(recipe, world=world)
+    assert resumed_at(again) == newest
+    assert_as_if_uninterrupted(tmp_path / "run", world, zero_stage)
+
+
+@everywhere
+def test_a_truncated_checkpoint_is_skipped_for_the_one_before(tmp_path, world, zero_stage):
+    shutil.copytree(finished(world, zero_stage), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    newest, before = run_checkpoints(tmp_path / "run")
+    victim = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    cut(victim)
+
+    again = complete(write_recipe(tmp_path, zero_stage=zero_stage), world=world)
+    size = victim.stat().st_size
+    assert f"skipped: {victim}: {size // 2} bytes, expected {size} bytes" in again.stdout()
+    assert resumed_at(again) == open_run_checkpoint(before).step == STEPS - 1
+    assert_as_if_uninterrupted(tmp_path / "run", world, zero_stage)
+    assert newest_complete(tmp_path / "run")[0].path == newest
+
+
+def kill_during_a_save(number: int) -> None:
+    """After all files are written, before the marker is."""
+    from train.training import trainer
+
+    saves = []
+    mark = trainer.mark_complete
+
+    def mark_or_die(path, *facts):
+        saves.append(path)
+        if len(saves) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        mark(path, *facts)
+
+    trainer.mark_complete = mark_or_die
+
+
+def test_killed_during_a_save_it_goes_on_from_the_checkpoint_before(tmp_path):
+    recipe = write_recipe(tmp_path)
+    assert Processes(recipe, before=functools.partial(kill_during_a_save, 3)).wait() == [-signal.SIGKILL]
+    assert [path.name for path in run_checkpoints(tmp_path / "run")] == [f"checkpoint-{step}" for step in (9, 6, 3)]
+
+    again = complete(recipe)
+    assert f"checkpoint-9: incomplete, {MARKER} is missing" in again.stdout() and resumed_at(again) == 6
+    assert_as_if_uninterrupted(tmp_path / "run", 1, "auto")
+
+
+def kill_during_the_export() -> None:
+    from train import finetune
+
+    finetune.finish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("world", "zero_stage"), [alone, shared[1]])
+def test_killed_after_the_last_step_it_only_exports(tmp_path, world, zero_stage):
+    recipe = write_recipe(tmp_path, zero_stage=zero_stage)
+    assert -signal.SIGKILL in Processes(recipe, world=world, before=kill_during_the_export).wait()
+    assert not (tmp_path / "run" / "final").exists()
+    again = complete(recipe, world=world)
+    assert resumed_at(again) == STEPS
+    assert_as_if_uninterrupted(tmp_path / "run", world, zero_stage)
+
+
+def test_a_checkpoint_that_is_saved_again_does_not_count_before_it_is_whole(tmp_path):
+    """A damaged checkpoint has a marker, which its new files would fit one after the other."""
+    shutil.copytree(finished(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    newest = run_checkpoints(tmp_path / "run")[0]
+    cut(newest / "optimizer.pt")
+
+    recipe = write_recipe(tmp_path)
+    assert Processes(recipe, before=functools.partial(kill_during_a_save, 1)).wait() == [-signal.SIGKILL]
+    assert (newest / "optimizer.pt").stat().st_size == (finished() / newest.name / "optimizer.pt").stat().st_size
+    assert newest_complete(tmp_path / "run")[0].path != newest
+    complete(recipe)
+    assert_as_if_uninterrupted(tmp_path / "run", 1, "auto")
+
+
+@pytest.mark.parametrize(("world", "zero_stage"), [alone, shared[0]])
+def test_sigterm_ends_the_step_saves_and_says_how_to_go_on(tmp_path, world, zero_stage):
+    recipe = write_recipe(tmp_path, zero_stage=zero_stage)
+    run = Processes(recipe, world=world, before=functools.partial(pause_at, 8))
+    run.wait_for_step(4)
+    run.ranks[-1].terminate()  # of several processes to one alone: the others must stop with it
+    assert run.wait() == [2] * world
+    told = [line for line in run.stderr().splitlines() if line.startswith("train.finetune: ")]
+    (step,) = re.fullmatch(r"train.finetune: stopped by SIGTERM at step (\d+); .*", *told).groups()
+    assert newest_complete(tmp_path / "run")[0].step == rows(tmp_path / "run")[-1]["step"] == int(step) < STEPS
+    assert not (tmp_path / "run" / "final").exists() and "Traceback" not in run.stderr()
+
+    again = complete(recipe, world=world)
+    assert resumed_at(again) == int(step)
+    assert_as_if_uninterrupted(tmp_path / "run", world, zero_stage)
+
+
+def forget_to_check_the_disk() -> None:
+    from train import finetune
+    from train.training import trainer
+
+    finetune.check_disk = trainer.check_disk = lambda *arguments: None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes."""
+    mounted = []
+
+    def mount(place: Path, size: int) -> None:
+        place.mkdir(parents=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting a small file system is not permitted here")
+        mounted.append(place)
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+# In the middle of the weights, and of the optimizer's states: safetensors and torch fail each in their own way.
+@pytest.mark.parametrize(
+    ("share", "world", "zero_stage"),
+    [
+        pytest.param(0.2, 1, "auto", id="weights, one process"),
+        pytest.param(0.6, 1, "auto", id="states, one process"),
+        pytest.param(0.6, 2, "3", id="states, two processes", marks=needs_deepspeed),
+    ],
+)
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path, small_disk, share, world, zero_stage):
+    first = finished(world, zero_stage) / f"checkpoint-{STEPS}"
+    pages = [-(-file.stat().st_size // 4096) * 4096 for file in first.rglob("*") if file.is_file()]
+    run = tmp_path / "run"
+    small_disk(run, int(sum(pages) * (1 + share)) + 32 * 4096)
+    recipe = write_recipe(tmp_path, zero_stage=zero_stage)
+
+    full = Processes(recipe, world=world, before=forget_to_check_the_disk)
+    codes = full.wait()
+    told = [line for rank in range(world) for line in full.stderr(rank).splitlines() if "train.finetune: " in line]
+    told = [line for line in told if not line.endswith("another process of this run ended; its message says why")]
+    assert set(codes) == {2} and len(told) >= 1
+    pattern = r"train.finetune: (\S+) cannot be written \(.+\); 0.00 GB are free there. Started again, .*"
+    assert all(re.fullmatch(pattern, line)[1] == str(run / "checkpoint-6") for line in told)
+    assert all("Traceback" not in full.stderr(rank) for rank in range(world))
+    assert newest_complete(run)[0].step == 3
+
+    subprocess.run(["mount", "-o", "remount,size=64m", str(run)], check=True)
+    again = complete(recipe, world=world)
+    assert resumed_at(again) == 3
+    assert_as_if_uninterrupted(run, world, zero_stage)
+
+
+def test_too_little_disk_is_told_before_anything_is_written(tmp_path, small_disk):
+    small_disk(tmp_path / "disk", 1_000_000)
+    run = Processes(write_recipe(tmp_path), "--output-dir", str(tmp_path / "disk" / "run"))
+    assert run.wait() == [2]
+    assert re.search(r"^train.finetune: the run needs \d+.\d\d GB in \S+, 0.00 GB are free; free some", run.stderr())
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_what_cannot_be_split_for_more_processes_is_refused(tmp_path):
+    shutil.copytree(finished(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    before = sorted((tmp_path / "run").rglob("*"))
+    run = Processes(write_recipe(tmp_path), world=2)
+    assert run.wait() == [2, 2]
+    assert f"checkpoint-{STEPS} was saved by one process without DeepSpeed and cannot be split" in run.stderr()
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_other_records_are_refused_and_a_new_directory_starts_anew(tmp_path):
+    shutil.copytree(finished(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    recipe = write_recipe(tmp_path, seed=43)
+    run = Processes(recipe)
+    assert run.wait() == [2]
+    assert f"checkpoint-{STEPS}: was made with other records or another order of them" in run.stderr()
+    other = complete(recipe, "--output-dir", str(tmp_path / "other"))
+    assert "starting anew" in other.stdout()
+    assert rows(tmp_path / "other")[0]["loss"] != rows(finished())[0]["loss"]

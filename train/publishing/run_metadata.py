@@ -1,0 +1,139 @@
+"""What a finished run says about itself: the last start in run.json, the losses in metrics.jsonl, nothing else.
+
+A run.json may come from an older version or have been edited: what is missing or of another type counts as unknown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from modelscope_dolly.checkpoint.manifest import read_json
+from modelscope_dolly.errors import CheckpointError
+from train.training.report import read_metrics
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*", re.ASCII)
+_HUB_DATA = re.compile(rf"(ms|hf):(?P<id>{_HUB_ID.pattern})(@[\w./-]+)?", re.ASCII)
+
+
+class KnownData(NamedTuple):
+    """A data set that is recognised by the hash of its records, wherever they were read from."""
+
+    id: str
+    licence: str
+    language: str
+
+
+#: Hash of the records (see sources.Source.sha256) -> what they are. This is databricks-dolly-15k as first released,
+#: with 15,015 records.
+KNOWN_DATA = {
+    "fd6924efaf133eb1633ded10992827c471b5fdb3d9bdc49ad31f0fb574d5153e": KnownData(
+        "databricks/databricks-dolly-15k", "CC BY-SA 3.0", "en"
+    )
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Of one run; everything is empty where there is none.
+
+    Attributes:
+        starts: the entries of run.json from the start from nothing to the one that finished the run.
+        steps, evaluations: rows of metrics.jsonl.
+    """
+
+    starts: list[dict[str, Any]]
+    steps: list[dict]
+    evaluations: list[dict]
+
+    def get(self, *keys: str) -> Any:
+        """The value at a path of keys in the last start; None where there is none."""
+        return next(reversed(self.all(*keys)), None)
+
+    def all(self, *keys: str) -> list[Any]:
+        """The value at a path of keys in every start."""
+        values: list[Any] = self.starts
+        for key in keys:
+            values = [value.get(key) if isinstance(value, dict) else None for value in values]
+        return values
+
+    @property
+    def base(self) -> str:
+        """Name of the base model: an id on a hub, or of a directory its last part alone."""
+        name = self.get("base", "name")
+        return name if self.base_is_on_hub else last_part(name)
+
+    @property
+    def base_is_on_hub(self) -> bool:
+        name = self.get("base", "name")
+        return self.get("base", "hub") is True and isinstance(name, str) and bool(_HUB_ID.fullmatch(name))
+
+    @property
+    def data(self) -> str:
+        """Name of the data set: `ms:` or `hf:` and an id, or of a file its last part alone."""
+        name = self.get("data", "dataset")
+        return name if isinstance(name, str) and _HUB_DATA.fullmatch(name) else last_part(name)
+
+    @property
+    def data_id(self) -> str | None:
+        """Its id on a hub."""
+        found = _HUB_DATA.fullmatch(self.data)
+        return self.known_data.id if self.known_data else found["id"] if found else None
+
+    @property
+    def known_data(self) -> KnownData | None:
+        digest = self.get("data", "sha256")
+        return KNOWN_DATA.get(digest) if isinstance(digest, str) else None
+
+    @property
+    def hardware(self) -> str:
+        """`8 x NAME`, or CPU."""
+        name, gpus = self.get("hardware", "name"), self.get("hardware", "gpus")
+        if not isinstance(name, str):
+            return ""
+        return f"{gpus} x {name}" if isinstance(gpus, int) and gpus > 0 else name
+
+
+def read_record(run: Path | None) -> Record:
+    """The record in a run's directory; an empty one for None. Raises CheckpointError: a file of it is damaged."""
+    if run is None:
+        return Record([], [], [])
+    starts = read_json(Path(run) / "run.json").get("starts")
+    if not isinstance(starts, list) or not starts or not all(isinstance(start, dict) for start in starts):
+        raise CheckpointError(f"{Path(run) / 'run.json'}: `starts` must be a list with the starts of the run")
+    fresh = max(i for i, start in enumerate(starts) if i == 0 or start.get("resumed_from") is None)
+    try:
+        steps, evaluations = read_metrics(Path(run))
+    except FileNotFoundError:
+        steps, evaluations = [], []
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{Path(run) / 'metrics.jsonl'}: cannot be read ({type(error).__name__})") from None
+    return Record(starts[fresh:], steps, evaluations)
+
+
+def describe_base(model: str, revision: str, directory: Path) -> dict[str, Any]:
+    """What run.json keeps of the base model: its name, for one from a hub its revision, and the licence of its card."""
+    hub = not os.path.isdir(os.path.expanduser(model))
+    return {"name": model, "hub": hub, "revision": revision if hub else None, "license": card_license(directory)}
+
+
+def card_license(directory: Path) -> str | None:
+    """`license` of the YAML head of a README.md; None where there is no such thing."""
+    try:
+        found = re.match(
+            r"---\r?\n(.*?)^---\s*$", (directory / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+        )
+        value = yaml.safe_load(found[1])["license"] if found else None
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, str) and value else None
+
+
+def last_part(path: Any) -> str:
+    """Of a path of any system: the folders above it are nobody's business."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] if isinstance(path, str) else ""

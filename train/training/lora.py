@@ -1,0 +1,148 @@
+"""LoRA: train low-rank adapters on all linear layers instead of the weights themselves (arXiv:2106.09685), with peft.
+
+The three keys of dolly are new to the base model, and no adapter reaches an embedding: their rows are trained as well,
+in the embedding and in the output matrix. Everything else stays as it was. A finished run is merged into plain weights,
+which any reader loads without peft; the adapter alone lies beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelscope_dolly.checkpoint.manifest import read_json
+from modelscope_dolly.checkpoint.writer import new_directory
+from modelscope_dolly.errors import DollyError, SettingError, unknown_name
+from modelscope_dolly.prompt import DollyTokenizer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import GPTNeoXForCausalLM
+
+    from train.training.trainer import LossOf
+
+#: The linear layers of a GPT-NeoX; "dense" is the one of the attention only, names are compared up to a dot.
+LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+#: What peft writes into a checkpoint beside the adapter's weights.
+CONFIG = "adapter_config.json"
+_KEYS = ("r", "alpha", "dropout")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of the adapters: W becomes W + alpha / r * B A, with A [r, inputs] and B [outputs, r]."""
+
+    r: int
+    alpha: float
+    dropout: float
+
+
+def read_lora(values: dict | None) -> Lora | None:
+    """The key `lora` of the configuration, or None.
+
+    Raises:
+        SettingError: unknown keys or values out of range, all in one message.
+        DollyError: peft is not installed.
+    """
+    if values is None:
+        return None
+    found = [unknown_name("lora setting", str(name), _KEYS) for name in values if name not in _KEYS]
+    rank = values.get("r")
+    if not _is_number(rank, int) or rank < 1:
+        found.append(f"lora.r is {rank!r}, it must be a whole number of at least 1, for instance lora: {{r: 16}}")
+        rank = 1
+    alpha, dropout = values.get("alpha", 2 * rank), values.get("dropout", 0.0)
+    if not _is_number(alpha, (int, float)) or not 0 < alpha < float("inf"):
+        found.append(f"lora.alpha is {alpha!r}, it must be a number above 0")
+    if not _is_number(dropout, (int, float)) or not 0 <= dropout < 1:
+        found.append(f"lora.dropout is {dropout!r}, it must be in [0, 1)")
+    if found:
+        raise SettingError("; ".join(found))
+    _peft()
+    return Lora(rank, float(alpha), float(dropout))
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise DollyError("lora needs the package peft, which is not installed: pip install peft") from None
+    return peft
+
+
+def check_lora(lora: Lora | None, stage: int, resume: Path | None) -> None:
+    """Refuse what does not go together with the adapters, before the model is loaded.
+
+    Args:
+        lora: from read_lora.
+        stage: ZeRO stage of this run.
+        resume: checkpoint to go on from.
+
+    Raises:
+        SettingError: ZeRO 3, or a checkpoint of other adapters, or of none, or of adapters where there are none now.
+    """
+    if lora and stage == 3:
+        # peft 0.21 collects the rows of the keys from split weights over CUDA only, and there is little left to split.
+        raise SettingError("lora does not work with ZeRO 3, which splits the frozen weights: give zero_stage 0, 1 or 2")
+    if resume is None:
+        return
+    saved = read_json(resume / CONFIG) if (resume / CONFIG).is_file() else None
+    had = "none" if saved is None else f"{{r: {saved.get('r')}, alpha: {saved.get('lora_alpha')}}}"
+    now = "none" if lora is None else f"{{r: {lora.r}, alpha: {lora.alpha}}}"
+    if had != now:
+        raise SettingError(
+            f"{resume} was saved with lora {had} and this run has {now}: give the same, or another output_dir"
+        )
+
+
+def adapter_config(lora: Lora, tokenizer: DollyTokenizer) -> LoraConfig:
+    """peft's configuration."""
+    control = tokenizer.control
+    rows = sorted((control.end, control.instruction, control.response))
+    return _peft().LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(LINEARS),
+        trainable_token_indices={"embed_in": rows, "lm_head": rows},
+    )
+
+
+def add_adapters(model: LossOf, lora: Lora, tokenizer: DollyTokenizer) -> PeftModel:
+    """Freeze the network of `model`, in its number type, and put float32 adapters on it, which change nothing yet.
+
+    Around LossOf and not inside it: the Trainer knows a PeftModel and then saves and loads nothing but the adapters.
+    """
+    model.base_model_prefix = "network"  # where peft, seeing transformers' configuration, looks for the rest
+    # By default peft keeps what it trains in float32: in bfloat16 most updates would be rounded away.
+    return _peft().get_peft_model(model, adapter_config(lora, tokenizer))
+
+
+def merge(trained: PeftModel, lora: Lora, tokenizer: DollyTokenizer, base: str, adapter: Path) -> GPTNeoXForCausalLM:
+    """Save the adapter alone, as one of the plain network, and return that network with the adapter merged in.
+
+    Args:
+        trained: from add_adapters; it is taken apart.
+        lora, tokenizer: as for add_adapters.
+        base: name of the base model, for the adapter's configuration.
+        adapter: directory that PeftModel.from_pretrained is to read.
+    """
+    peft = _peft()
+    # Names of the trained model go through LossOf, those of the saved adapter must not.
+    weights = {
+        name.replace("base_model.model.network.", "base_model.model.", 1): tensor.detach().float().cpu()
+        for name, tensor in peft.get_peft_model_state_dict(trained, save_embedding_layers=False).items()
+    }
+    network = trained.unload().network
+    network.name_or_path = base  # peft takes it from there
+    plain = peft.get_peft_model(network, adapter_config(lora, tokenizer))
+    peft.set_peft_model_state_dict(plain, weights)
+    with new_directory(adapter, replace=True) as growing:
+        plain.save_pretrained(str(growing), save_embedding_layers=False)
+        (growing / "README.md").unlink(missing_ok=True)  # a form to fill in, with nothing filled in
+    return plain.merge_and_unload()
