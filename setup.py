@@ -28,7 +28,7 @@ DEV += ['triton>=3.5; platform_system == "Linux"']
 # plain library (modelscope_dolly/kernels.py loads it), so it serves every Python version it is built beside.
 KERNELS = Extension(
     "modelscope_dolly.kernels._kernels",
-    [f"modelscope_dolly/kernels/csrc/{name}.c" for name in ("kernels", "attention")],
+    [f"modelscope_dolly/kernels/csrc/{name}.c" for name in ("linear", "attention")],
     depends=[f"modelscope_dolly/kernels/csrc/{name}.h" for name in ("kernels", "vector", "attention_level")],
     extra_compile_args=["-O3", "-g0", "-fopenmp"],
     extra_link_args=["-fopenmp"],

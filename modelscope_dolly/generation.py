@@ -1,6 +1,6 @@
 """From what a user gives (a question, a record, keywords) to answers: settings, inputs, the window, and the text.
 
-Everything goes through `Responder.respond`; a list, one answer and a stream differ only in who consumes its updates.
+Everything goes through `TextGenerator.stream`; a list, one answer and a stream differ only in who reads its updates.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import logging
 import math
 import numbers
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from modelscope_dolly.engine.engine import Engine, Request
+from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.sampling import Sampling
-from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
+from modelscope_dolly.engine.sequence import Proposer, Request
 from modelscope_dolly.errors import PromptError, SettingError, unknown_name
-from modelscope_dolly.prompt import Answer, DollyTokenizer, check_instruction, check_text
+from modelscope_dolly.prompt import DollyTokenizer, check_instruction, check_text
+from modelscope_dolly.text_stream import TextStream
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -46,8 +47,8 @@ class GenerationSettings:
         return_full_text: put the instruction and a newline before the answer.
         on_overflow: "error", or "truncate_context" to shorten a context that leaves no room for max_new_tokens (or for
             half of the window, if that is less).
-        prompt_lookup: True guesses that the answer copies from the prompt, and verifies several tokens in one pass;
-            "auto" does so with float32 weights, where it does not show in the answer; see guess.PromptLookup.
+        prompt_lookup: True for speculative decoding with draft tokens from the prompt, which answers often copy from;
+            "auto" does so with float32 weights, where it does not show in the answer.
     """
 
     max_new_tokens: int = 256
@@ -79,6 +80,21 @@ class GenerationSettings:
             raise SettingError("; ".join(problems))
         stop = (changed.stop,) if isinstance(changed.stop, str) else tuple(changed.stop or ())
         return dataclasses.replace(changed, stop=stop, top_k=changed.top_k or 0)
+
+    def samplings(self) -> list[Sampling]:
+        """One for each returned sequence, with its seed. Each input of a list starts from the same seed as if alone."""
+        first = self.seed if self.seed is not None else int(torch.randint(0, SEEDS, ()))
+        return [
+            Sampling(
+                self.do_sample,
+                float(self.temperature),
+                self.top_k,
+                float(self.top_p),
+                float(self.repetition_penalty),
+                (first + i) % SEEDS,
+            )
+            for i in range(self.num_return_sequences)
+        ]
 
     def _requirements(self) -> Iterator[tuple[bool, str]]:
         def whole(value: Any, low: int, high: float = math.inf) -> bool:
@@ -162,51 +178,58 @@ class Update:
     prompt_tokens: int
 
 
-class Responder:
-    """Answers prompts with an engine and a tokenizer. Holds no state of a call: safe to use from several threads."""
+class TextGenerator:
+    """Answers prompts with an engine and a tokenizer. Holds no state of a call: safe to use from several threads.
 
-    def __init__(self, engine: Engine, tokenizer: DollyTokenizer):
+    Args:
+        engine: of the network.
+        tokenizer: of the network.
+        prompt_lookup: makes a proposer of draft tokens from a prompt, where settings ask for it.
+        lookup_by_default: what the setting "auto" means here.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: DollyTokenizer,
+        prompt_lookup: Callable[[Sequence[int]], Proposer] | None = None,
+        lookup_by_default: bool = False,
+    ):
         self.engine, self.tokenizer = engine, tokenizer
+        self._prompt_lookup, self._lookup_by_default = prompt_lookup, lookup_by_default
 
-    def respond(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> Iterator[Update]:
+    def stream(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> Iterator[Update]:
         """Yield an Update whenever the text of an answer grew and when it ended.
 
         Answer `i` of prompt `p` has index `p * num_return_sequences + i`.
+
+        Raises:
+            PromptError: an input leaves no room for an answer, see fit.
+            HardwareError: see Engine.run.
         """
         requests: list[Request] = []
-        answers: list[Answer] = []
-        heads: list[str] = []
-        lookup = settings.prompt_lookup if settings.prompt_lookup != "auto" else self.engine.net.in_float32
-        guesser = PromptLookup if lookup else None
+        streams: list[TextStream] = []
+        lookup = settings.prompt_lookup if settings.prompt_lookup != "auto" else self._lookup_by_default
         for prompt in prompts:
             ids, room = self.fit(prompt, settings)
-            for seed in _seeds(settings):
-                answer = Answer(self.tokenizer, tuple(settings.stop))
-                answers.append(answer)
-                heads.append(f"{prompt.instruction}\n" if settings.return_full_text else "")
-                sampling = Sampling(
-                    settings.do_sample,
-                    float(settings.temperature),
-                    settings.top_k,
-                    float(settings.top_p),
-                    float(settings.repetition_penalty),
-                    seed,
-                )
-                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, answer.push, guesser))
+            for sampling in settings.samplings():
+                stream = TextStream(self.tokenizer, tuple(settings.stop))
+                streams.append(stream)
+                proposer = self._prompt_lookup if lookup else None
+                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, stream.push, proposer))
         for token in self.engine.run(requests, slots):
-            answer = answers[token.index]
+            stream = streams[token.index]
             if token.finish_reason:
-                answer.finish()
-            if token.finish_reason or answer.grew:
-                text = heads[token.index] + answer.text
-                used = len(requests[token.index].ids)
-                yield Update(token.index, text, token.finish_reason, len(answer.ids), used)
+                stream.finish()
+            if token.finish_reason or stream.grew:
+                prompt = prompts[token.index // settings.num_return_sequences]
+                head = f"{prompt.instruction}\n" if settings.return_full_text else ""
+                counts = len(stream.ids), len(requests[token.index].ids)
+                yield Update(token.index, head + stream.text, token.finish_reason, *counts)
 
-    def answers(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> list[list[Update]]:
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> list[list[Update]]:
         """The last update of each answer, grouped by prompt."""
-        last: dict[int, Update] = {}
-        for update in self.respond(prompts, settings, slots):
-            last[update.index] = update
+        last = {update.index: update for update in self.stream(prompts, settings, slots)}
         count = settings.num_return_sequences
         return [[last[prompt * count + i] for i in range(count)] for prompt in range(len(prompts))]
 
@@ -255,11 +278,3 @@ class Responder:
                 high = middle
         log.warning("context cut from %d to %d characters to leave room for the answer", len(prompt.context), low)
         return best
-
-
-def _seeds(settings: GenerationSettings) -> list[int]:
-    """One per returned sequence. Each input of a list starts from the same seed, as if it were asked alone."""
-    first = settings.seed
-    if first is None:
-        first = int(torch.randint(0, SEEDS, ()))
-    return [(first + i) % SEEDS for i in range(settings.num_return_sequences)]

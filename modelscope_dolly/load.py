@@ -1,12 +1,14 @@
-"""Load a checkpoint directory: weights, tokenizer and engine on one device, or spread over several.
+"""From a checkpoint directory to a model that answers, on one device or spread over several.
 
-Knows nothing of ModelScope: model.py and pipeline.py adapt it, the command line uses it directly.
+The one place that joins the network with weights, quantised layers, speculative decoding and CUDA graphs. Knows nothing
+of ModelScope: model.py and pipeline.py adapt it, the command line uses it directly.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from tqdm import tqdm
 from modelscope_dolly.checkpoint.memory import bytes_per_weight, weight_bytes
 from modelscope_dolly.checkpoint.reader import Checkpoint, locate, open_checkpoint
 from modelscope_dolly.checkpoint.weights import WeightFile, read_tensors
-from modelscope_dolly.engine.cuda_graphs import Decoder, way
+from modelscope_dolly.engine.cuda_graphs import GraphCapture, decode_mode
 from modelscope_dolly.engine.engine import Engine
-from modelscope_dolly.engine.gpt_neox import NeoX, parameter_shapes
-from modelscope_dolly.engine.speculative.draft_model import Draft
+from modelscope_dolly.engine.gpt_neox import GPTNeoX, parameter_shapes
+from modelscope_dolly.engine.speculative.decoding import SpeculativeDecoding
+from modelscope_dolly.engine.speculative.draft_model import DraftModel
+from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
 from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
-from modelscope_dolly.generation import Responder
+from modelscope_dolly.generation import TextGenerator
 from modelscope_dolly.hardware import (
     Choice,
     choose_device,
@@ -34,7 +38,7 @@ from modelscope_dolly.hardware import (
     gigabytes,
 )
 from modelscope_dolly.kernels import cpu as kernels
-from modelscope_dolly.kernels.quantized_linear import PackedLinear, is_linear, parse_quantize, replace_linears
+from modelscope_dolly.kernels.quantized_linear import METHODS, PackedLinear, is_linear, parse_quantize, replace_linears
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -47,14 +51,14 @@ class Dolly:
         checkpoint: where it came from; with configuration and tokenizer.
         net: the network, its weights in `dtype`.
         device: where token ids go in.
-        responder: answers prompts with it.
+        text_generator: answers prompts with it.
     """
 
     checkpoint: Checkpoint
-    net: NeoX
+    net: GPTNeoX
     device: torch.device
     dtype: torch.dtype
-    responder: Responder
+    text_generator: TextGenerator
 
 
 def load(
@@ -77,38 +81,47 @@ def load(
         verify: compare the files with manifest.json where there is one (sha256; seconds for a large model).
         quantize: "int8" or "int4": the linear layers are quantised while they are read (CPU, or one CUDA device).
         threads: of the CPU, for the whole process; see hardware.choose_threads.
-        draft: directory or hub id of a smaller model of the family with the same vocabulary; it guesses tokens for this
-            one to verify, see draft.py. It lies on the same device, in the same number type, quantised the same way.
+        draft: directory or hub id of a smaller model of the family with the same vocabulary; it proposes draft tokens
+            for this one to verify. It lies on the same device, in the same number type, quantised the same way.
 
     Raises:
         CheckpointError, HardwareError, SettingError.
     """
     if device_map is not None and device not in (None, "gpu"):
         raise SettingError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
-    wanted = parse_quantize(quantize)
+    requested = parse_quantize(quantize)
     chosen = choose_device(device)
     if threads is not None or chosen.value.type == "cpu":
         torch.set_num_threads(choose_threads(threads).value)
     checkpoint = open_checkpoint(path, verify)
-    method = _agreed(checkpoint, wanted)
-    chosen_dtype = choose_number_type(checkpoint, chosen.value, dtype, method)
-    place, number = chosen.value, chosen_dtype.value
+    method = _quantization(checkpoint, requested)
+    number_type = choose_number_type(checkpoint, chosen.value, dtype, method)
+    place, number = chosen.value, number_type.value
     # The draft first: the room it takes is then gone when the network's own need is compared with what is free.
-    drafting = _load_draft(checkpoint, draft, number, place, verify, wanted) if draft is not None else None
+    draft_model = _load_draft(checkpoint, draft, number, place, verify, requested) if draft is not None else None
     if device_map is None:
-        log.info("device %s; weights in %s", chosen, chosen_dtype)
+        log.info("device %s; weights in %s", chosen, number_type)
         if place.type == "cpu":
             log.info("packed linear layers and attention of decode steps: %s", kernels.describe())
         net = load_network(checkpoint, number, {"": place}, method)
     else:
         placement = plan_placement(checkpoint, number, device_map)
-        log.info("weights in %s over %s", chosen_dtype, sorted(map(str, set(placement.values()))))
+        log.info("weights in %s over %s", number_type, sorted(map(str, set(placement.values()))))
         net = load_network(checkpoint, number, placement, method)
         place = _spread(net, placement)
-    engine = Engine(net, place, checkpoint.config.max_position_embeddings, drafting)
-    if place.type == "cuda" and device_map is None and way() != "plain":
-        engine.decoder = Decoder(net, place)
-    return Dolly(checkpoint, net, place, number, Responder(engine, checkpoint.tokenizer))
+    engine = Engine(
+        net, place, checkpoint.config.max_position_embeddings, partial(SpeculativeDecoding, draft=draft_model)
+    )
+    if place.type == "cuda" and device_map is None and decode_mode() != "plain":
+        engine.capture = GraphCapture(net, place)
+    text_generator = TextGenerator(engine, checkpoint.tokenizer, PromptLookup, in_float32(net))
+    return Dolly(checkpoint, net, place, number, text_generator)
+
+
+def in_float32(net: GPTNeoX) -> bool:
+    """Whether the layers have float32 weights: verifying several tokens in a step then changes no token."""
+    linear = net.gpt_neox.layers[0].mlp.dense_h_to_4h
+    return isinstance(linear, nn.Linear) and linear.weight.dtype == torch.float32
 
 
 def choose_number_type(
@@ -129,14 +142,19 @@ def held_bytes(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str | None = None
 ) -> tuple[int, str | None]:
     """Bytes that the weights take on one device, and how linear layers are kept there: see plan.bytes_per_weight."""
-    method = _packing(checkpoint, dtype, {"": device}, _agreed(checkpoint, quantize))
+    method = _packing(checkpoint, dtype, {"": device}, _quantization(checkpoint, quantize))
     return weight_bytes(checkpoint.config, dtype.itemsize, method), method
 
 
 def _load_draft(
-    checkpoint: Checkpoint, draft: str | Path, dtype: torch.dtype, place: torch.device, verify: bool, wanted: str | None
-) -> Draft:
-    """The network that drafts for the one in `checkpoint`. Raises SettingError where a token means two things."""
+    checkpoint: Checkpoint,
+    draft: str | Path,
+    dtype: torch.dtype,
+    place: torch.device,
+    verify: bool,
+    quantize: str | None,
+) -> DraftModel:
+    """The draft network for the one in `checkpoint`. Raises SettingError where their vocabularies differ."""
     other = open_checkpoint(locate(str(draft)), verify)
     sizes = checkpoint.config.vocab_size, other.config.vocab_size
     tokens, other_tokens = (one.tokenizer.tokenizer.get_vocab() for one in (checkpoint, other))
@@ -147,31 +165,32 @@ def _load_draft(
             "a draft must be a smaller model of the same family, such as dolly-v2-3b for dolly-v2-12b"
         )
     log.info("draft from %s", other.path)
-    return Draft(load_network(other, dtype, {"": place}, _agreed(other, wanted)))
+    return DraftModel(load_network(other, dtype, {"": place}, _quantization(other, quantize)))
 
 
 def load_network(
     checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any], quantize: str | None = None
-) -> NeoX:
+) -> GPTNeoX:
     """Build the network and copy each tensor from its file straight to its device, in the final number type.
 
     Args:
         checkpoint: opened and checked.
         dtype: of the weights in memory.
         placement: module name -> device, as accelerate's device maps; "" is everything else.
-        quantize: "int8", "int4" or None; see quantize.py.
+        quantize: "int8", "int4" or None; see kernels/quantized_linear.py.
 
     Raises:
         HardwareError: it does not fit, or is to be quantised on mps or on several devices; said before anything is
             read.
     """
     with torch.device("meta"):
-        net = NeoX(checkpoint.config)
-    method = _packing(checkpoint, dtype, placement, _agreed(checkpoint, quantize))
+        net = GPTNeoX(checkpoint.config)
+    method = _packing(checkpoint, dtype, placement, _quantization(checkpoint, quantize))
     _check_memory(net, dtype, placement, method)
     total = sum(parameter.numel() for parameter in net.parameters())
     if method:
         replace_linears(net, method, _place("embed_out.weight", placement))
+        net.cache_dtype = cache_dtype(net, method)
     # disable=None: a bar on a terminal, nothing in a log file
     with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
         for name, tensor in read_tensors(checkpoint.tensors):
@@ -192,7 +211,15 @@ def load_network(
     return net.eval()
 
 
-def _agreed(checkpoint: Checkpoint, quantize: str | None) -> str | None:
+def cache_dtype(net: GPTNeoX, method: str | None) -> torch.dtype | None:
+    """Of the key/value cache: bfloat16 where the linear layers round more and the compiled library reads it."""
+    rotary = net.gpt_neox.layers[0].attention.rotary
+    on_cpu = net.embed_out.device.type == "cpu" if method in METHODS else False
+    reads = kernels.attends(torch.device("cpu"), torch.float32, rotary.head_width, rotary.width)
+    return torch.bfloat16 if on_cpu and reads else None
+
+
+def _quantization(checkpoint: Checkpoint, quantize: str | None) -> str | None:
     """The method of a quantised checkpoint, or the one asked for. Raises SettingError when they differ."""
     if checkpoint.quantization and quantize not in (None, checkpoint.quantization):
         raise SettingError(
@@ -239,7 +266,7 @@ def _place(name: str, placement: dict[str, Any]) -> Any:
     return placement[max(owners, key=len)]
 
 
-def _check_memory(net: NeoX, dtype: torch.dtype, placement: dict[str, Any], method: str | None = None) -> None:
+def _check_memory(net: GPTNeoX, dtype: torch.dtype, placement: dict[str, Any], method: str | None = None) -> None:
     needed: dict[torch.device, float] = {}
     for name, parameter in net.named_parameters():
         device = torch.device(_place(name, placement))
@@ -266,7 +293,7 @@ def plan_placement(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str |
         from accelerate import infer_auto_device_map
 
         with torch.device("meta"):
-            net = NeoX(checkpoint.config)
+            net = GPTNeoX(checkpoint.config)
         device_map = infer_auto_device_map(net, no_split_module_classes=["Layer"], dtype=dtype)
     if "disk" in device_map.values():
         raise HardwareError(
@@ -275,7 +302,7 @@ def plan_placement(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str |
     return dict(device_map)
 
 
-def _spread(net: NeoX, placement: dict[str, Any]) -> torch.device:
+def _spread(net: GPTNeoX, placement: dict[str, Any]) -> torch.device:
     """Let accelerate's hooks move activations between the devices; returns where token ids go in."""
     from accelerate import dispatch_model
 

@@ -23,7 +23,7 @@ class DollyForTextGeneration(TorchModel):
 
     Args:
         model_dir: a checkpoint directory.
-        device, dtype, device_map, verify, quantize, threads, draft: see loading.load.
+        device, dtype, device_map, verify, quantize, threads, draft: see load.load.
         torch_dtype: another name of dtype.
         trust_remote_code: accepted because ModelScope passes it; no code of a repository is ever run.
 
@@ -53,7 +53,7 @@ class DollyForTextGeneration(TorchModel):
         number = dtype if dtype is not None else torch_dtype
         loaded = load(model_dir, device, number, device_map, verify, quantize, threads, draft)
         self.checkpoint, self.net, self.device = loaded.checkpoint, loaded.net, loaded.device
-        self.dtype, self.responder = loaded.dtype, loaded.responder
+        self.dtype, self.text_generator = loaded.dtype, loaded.text_generator
         self.tokenizer = loaded.checkpoint.tokenizer.tokenizer
 
     def generate(
@@ -61,11 +61,11 @@ class DollyForTextGeneration(TorchModel):
     ) -> list[list[Update]]:
         """Answers to several inputs (texts or dicts): for each input its `num_return_sequences` final updates."""
         prompts = [value if isinstance(value, Prompt) else parse_input(value) for value in inputs]
-        return self.responder.answers(prompts, settings or GenerationSettings(), slots)
+        return self.text_generator.generate(prompts, settings or GenerationSettings(), slots)
 
     def stream(self, value: Any, settings: GenerationSettings | None = None) -> Iterator[Update]:
         """The updates of one answer as it grows."""
-        return self.responder.respond([parse_input(value)], settings or GenerationSettings(), slots=1)
+        return self.text_generator.stream([parse_input(value)], settings or GenerationSettings(), slots=1)
 
     def forward(self, inputs: Any, **keywords: Any) -> dict[str, str]:
         """One input -> {"text": answer}, the way a ModelScope model is called."""

@@ -69,7 +69,7 @@ class DollyTextGenerationPipeline(Pipeline):
 
         Args:
             input: a text; {"instruction": ..., "context": ...}; a list of either; or an MsDataset with such columns.
-            batch_size: answers worked on at the same time (default 8); it changes the speed, not the answers.
+            batch_size: inputs answered at the same time (default 8); it changes the speed, not the answers.
             keywords: see GenerationSettings.
 
         Returns:

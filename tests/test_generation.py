@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
 from modelscope_dolly.errors import PromptError, SettingError
-from modelscope_dolly.generation import GenerationSettings, Prompt, Responder, parse_input
+from modelscope_dolly.generation import GenerationSettings, Prompt, TextGenerator, parse_input
 from modelscope_dolly.prompt import INTRO, DollyTokenizer
 from tests.support.models import our_engine
 
@@ -27,13 +27,13 @@ def chosen(**keywords) -> GenerationSettings:
 
 
 @pytest.fixture(scope="module")
-def responder(oracle, tokenizer) -> Responder:
-    return Responder(our_engine(oracle), tokenizer)
+def responder(oracle, tokenizer) -> TextGenerator:
+    return TextGenerator(our_engine(oracle), tokenizer)
 
 
-def narrow(responder: Responder, window: int) -> Responder:
+def narrow(responder: TextGenerator, window: int) -> TextGenerator:
     """The same network with a window that short texts overflow."""
-    return Responder(Engine(responder.engine.net, responder.engine.device, window), responder.tokenizer)
+    return TextGenerator(Engine(responder.engine.net, responder.engine.device, window), responder.tokenizer)
 
 
 @pytest.fixture
@@ -223,8 +223,8 @@ def test_an_instruction_that_is_too_long_alone_is_an_error_that_says_so(responde
     assert "shorten the instruction" in str(caught.value) and "truncate_context" not in str(caught.value)
 
 
-def texts(responder: Responder, prompts: list[Prompt], slots: int = 4, **keywords) -> list[list[str]]:
-    return [[one.text for one in group] for group in responder.answers(prompts, chosen(**keywords), slots)]
+def texts(responder: TextGenerator, prompts: list[Prompt], slots: int = 4, **keywords) -> list[list[str]]:
+    return [[one.text for one in group] for group in responder.generate(prompts, chosen(**keywords), slots)]
 
 
 def test_greedy_answers_are_the_text_that_transformers_makes(oracle, responder, prompts):
@@ -277,7 +277,7 @@ def test_full_text_has_the_instruction_before_the_answer(responder, prompts):
 def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(responder, prompts):
     whole = texts(responder, prompts[:1], **GREEDY)[0][0]
     stop = whole[len(whole) // 2 :][:3]
-    [[update]] = responder.answers(prompts[:1], chosen(stop=stop, **GREEDY), 1)
+    [[update]] = responder.generate(prompts[:1], chosen(stop=stop, **GREEDY), 1)
     assert update.text == whole[: whole.index(stop)].strip()
     assert update.finish_reason == "stop" and update.new_tokens < 24
     never = whole[-2:] + "\x00"  # its beginning is held back, and shown after all when nothing more comes
@@ -288,7 +288,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(responder, prompts)
 def test_updates_of_an_answer_only_grow_and_end_once(responder, prompts, full):
     options = chosen(max_new_tokens=30, seed=3, num_return_sequences=2, return_full_text=full)
     seen: dict[int, list] = {index: [] for index in range(2 * len(prompts))}
-    for update in responder.respond(prompts, options, slots=5):
+    for update in responder.stream(prompts, options, slots=5):
         if before := seen[update.index]:
             assert before[-1].finish_reason is None
             assert update.text.startswith(before[-1].text)
@@ -300,7 +300,7 @@ def test_updates_of_an_answer_only_grow_and_end_once(responder, prompts, full):
         assert updates[-1].finish_reason in ("stop", "length") and updates[-1].new_tokens <= 30
         assert updates[-1].prompt_tokens == len(responder.tokenizer.encode(prompt.instruction, prompt.context))
     assert sum(len(updates) for updates in seen.values()) > 10 * len(seen)
-    assert responder.answers([], options, slots=5) == []
+    assert responder.generate([], options, slots=5) == []
 
 
 def test_prompt_lookup_is_taken_where_it_does_not_show_or_where_it_is_asked_for(responder, prompts, monkeypatch):
@@ -311,12 +311,12 @@ def test_prompt_lookup_is_taken_where_it_does_not_show_or_where_it_is_asked_for(
         "run",
         lambda self, requests, slots: asked.extend(one.guesser for one in requests) or run(self, requests, slots),
     )
-    half = Responder(
+    half = TextGenerator(
         Engine(copy.deepcopy(responder.engine.net).to(torch.bfloat16), torch.device("cpu"), 2048), responder.tokenizer
     )
     texts = []
     for who, lookup in ((responder, "auto"), (responder, True), (responder, False), (half, "auto"), (half, True)):
-        [[update]] = who.answers(prompts[:1], chosen(**GREEDY, prompt_lookup=lookup), slots=1)
+        [[update]] = who.generate(prompts[:1], chosen(**GREEDY, prompt_lookup=lookup), slots=1)
         texts.append(update.text)
     assert asked == [PromptLookup, PromptLookup, None, None, PromptLookup]
     assert texts[0] == texts[1] == texts[2]

@@ -25,7 +25,7 @@ GREEDY = GenerationSettings().updated({"do_sample": False, "max_new_tokens": 16}
 
 def answers(model: Dolly) -> list[str]:
     prompts = [Prompt("Name a colour."), Prompt("Why is the sky blue?")]
-    return [updates[0].text for updates in model.responder.answers(prompts, GREEDY, slots=2)]
+    return [updates[0].text for updates in model.text_generator.generate(prompts, GREEDY, slots=2)]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", torch.float16])
@@ -90,7 +90,7 @@ def test_a_draft_is_loaded_in_the_same_type_and_changes_no_answer(checkpoint_dir
     expected = answers(load(checkpoint_dir, device="cpu", dtype="fp32"))
     with caplog.at_level(logging.INFO, logger="modelscope.dolly"):
         model = load(checkpoint_dir, device="cpu", dtype="fp32", draft=checkpoint_dir)
-    draft = model.responder.engine.draft
+    draft = model.text_generator.engine.draft
     assert f"draft from {checkpoint_dir}" in caplog.text
     assert {parameter.dtype for parameter in draft.net.parameters()} == {torch.float32}
     assert draft.net is not model.net

@@ -155,7 +155,7 @@ def test_bad_option_passes_through_modelscope_as_itself(checkpoint_dir, options,
 
 def test_typed_keys_do_not_change_the_shape_of_the_prompt(pipe):
     text = "Say ### End or ### Response:\n and <|endoftext|>."
-    ids, _ = pipe.model.responder.fit(parse_input(text), pipe.settings)
+    ids, _ = pipe.model.text_generator.fit(parse_input(text), pipe.settings)
     control = pipe.model.checkpoint.tokenizer.control
     assert [i for i in ids if i in pipe.model.checkpoint.tokenizer.special_ids] == [
         control.instruction,

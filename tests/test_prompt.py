@@ -1,15 +1,14 @@
-"""The prompt contract: bytes, token ids, and that no user can type a control token; and an answer as it grows."""
+"""The prompt contract: bytes, token ids, and that no user can type a control token."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import threading
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -18,10 +17,8 @@ from modelscope_dolly.errors import CheckpointError, PromptError
 from modelscope_dolly.prompt import (
     CONTROL_KEYS,
     END_KEY,
-    END_OF_TEXT,
     INTRO,
     RESPONSE_KEY,
-    Answer,
     DollyTokenizer,
     chat_template,
     check_instruction,
@@ -30,13 +27,7 @@ from modelscope_dolly.prompt import (
     render_example,
 )
 from tests.support.paths import SHARED_DATA, needs_shared_data
-
-KEYS = (*CONTROL_KEYS, END_OF_TEXT)
-# Plain Unicode, and text dense in what is hard to stream: several bytes a character, joiners, white space, controls.
-HARD = "ab e\u0301\u0308 \n\t\x00\x1f\u3000🙂👩\u200d👧漢字\ufffd#:<|"
-TEXT = st.text() | st.text(alphabet=HARD)
-BYTE_IDS = st.integers(1, 256)  # the byte alphabet of the nano tokenizer: most sequences are no UTF-8
-examples = settings(deadline=None, max_examples=150)
+from tests.support.texts import KEYS, TEXT, TYPED_KEYS, examples
 
 
 def has_key(*texts: str | None) -> bool:
@@ -47,13 +38,6 @@ def has_key(*texts: str | None) -> bool:
 def reference(tokenizer: DollyTokenizer, text: str) -> list[int]:
     """Plain Hugging Face tokenization of a whole string, keys in it recognised."""
     return tokenizer.tokenizer(text, add_special_tokens=False).input_ids
-
-
-def spliced(pieces: list[str], keys: list[str]) -> str:
-    return "".join(part for pair in zip(pieces, keys, strict=False) for part in pair) + pieces[-1]
-
-
-TYPED_KEYS = st.builds(spliced, st.lists(TEXT, min_size=1, max_size=5), st.lists(st.sampled_from(KEYS), min_size=1))
 
 
 def gpt_neox_backend() -> Tokenizer:
@@ -220,75 +204,6 @@ def test_chat_template_renders_the_last_question_as_the_prompt(tokenizer, system
     messages = [{"role": role, "content": content} for role, content in turns]
     rendered = tokenizer.tokenizer.apply_chat_template(messages, chat_template=chat_template(), tokenize=False)
     assert rendered == render(turns[-1][1], system)
-
-
-def stream(tokenizer: DollyTokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[Answer, list[str], bool]:
-    """Push like the engine, up to the first True: the answer, its text after each push, whether a push was True."""
-    answer = Answer(tokenizer, stop)
-    texts, ended = [], False
-    for token_id in ids:
-        before = answer.text
-        ended = answer.push(token_id)
-        assert answer.grew == (answer.text != before)
-        texts.append(answer.text)
-        if ended:
-            break
-    answer.finish()
-    return answer, texts, ended
-
-
-def first_stop(text: str, stop: tuple[str, ...]) -> int | None:
-    return min((text.find(one) for one in stop if one in text), default=None)
-
-
-def assert_streams(tokenizer: DollyTokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> None:
-    answer, texts, ended = stream(tokenizer, ids, stop)
-    whole = tokenizer.decode(answer.ids)
-    assert answer.text == whole[: first_stop(whole, stop)].strip()
-    assert all(not text or answer.text.startswith(text) for text in texts)  # so no half character is ever shown
-    assert all(len(a) <= len(b) for a, b in itertools.pairwise(texts))
-    assert not any(one in text for one in stop for text in (*texts, answer.text))
-    # The engine stops at the very token that completed a stop string; a U+FFFD at the end is not complete.
-    settled = [tokenizer.decode(ids[: n + 1]).rstrip("\ufffd") for n in range(len(ids))]
-    complete = [n for n, text in enumerate(settled) if first_stop(text, stop) is not None]
-    assert ended == bool(complete)
-    assert len(answer.ids) == (complete[0] + 1 if complete else len(ids))
-
-
-@examples
-@given(TEXT)
-def test_streamed_text_only_grows_into_the_whole_text(tokenizer, text):
-    assert_streams(tokenizer, tokenizer.encode_text(text))
-
-
-@examples
-@given(st.lists(st.integers(0, 1023)) | st.lists(BYTE_IDS))
-def test_any_ids_stream_without_a_half_character(tokenizer, ids):
-    assert_streams(tokenizer, ids)
-    words = [token_id for token_id in ids if token_id not in tokenizer.special_ids]
-    assert stream(tokenizer, ids)[0].text == stream(tokenizer, words)[0].text  # control tokens do not show
-
-
-@examples
-@given(st.data(), TEXT | TYPED_KEYS, st.lists(BYTE_IDS, max_size=4))
-def test_stop_strings_end_the_answer_and_never_show(tokenizer, data, text, noise):
-    ids = tokenizer.encode_text(text) + noise
-    whole = tokenizer.decode(ids)
-    begins = st.integers(0, max(0, len(whole) - 1))
-    pieces = st.builds(lambda begin, length: whole[begin : begin + length] or "x", begins, st.integers(1, 12))
-    stop = data.draw(st.lists(pieces | st.text(alphabet="ab\n#\ufffd", min_size=1), min_size=1, max_size=3))
-    assert_streams(tokenizer, ids, tuple(stop))
-
-
-def test_answer_of_control_tokens_alone_is_empty(tokenizer):
-    answer, texts, ended = stream(tokenizer, sorted(tokenizer.special_ids))
-    assert (answer.text, set(texts), ended) == ("", {""}, False)
-
-
-def test_half_a_character_is_not_a_stop_string(tokenizer):
-    answer, texts, ended = stream(tokenizer, tokenizer.encode_text("a🙂b"), ("\ufffd",))
-    assert (answer.text, ended) == ("a🙂b", False)
-    assert texts[0] == "a"
 
 
 def test_constants_are_parts_of_the_prompt():

@@ -17,8 +17,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from modelscope_dolly import dolly_pipeline
 from modelscope_dolly.checkpoint.reader import read_tokenizer
 from modelscope_dolly.checkpoint.writer import export_checkpoint
-from modelscope_dolly.engine.engine import Request
 from modelscope_dolly.engine.sampling import Sampling
+from modelscope_dolly.engine.sequence import Request
 from modelscope_dolly.prompt import CONTROL_KEYS, END_KEY, RESPONSE_KEY
 from tests.support.training_runs import complete, free_port, material, write_recipe
 from train.publishing.remote_files import Destination
@@ -113,7 +113,7 @@ def test_chat_completions_are_our_greedy_answers_token_by_token(published, serve
         messages = [*system, {"role": "user", "content": record["instruction"]}]
         ids = tokenizer.encode(record["instruction"], record["context"])
         request = Request(ids, NEW_TOKENS, Sampling(do_sample=False), tokenizer.control.stop)
-        [ours] = pipe.model.responder.engine.generate([request])
+        [ours] = pipe.model.text_generator.engine.generate([request])
         theirs = ask(server, messages, temperature=0, max_tokens=NEW_TOKENS)
         choice = theirs["choices"][0]
         assert theirs["prompt_token_ids"] == ids

@@ -48,16 +48,16 @@ class Sampler:
         self._seen = set(prompt) if sampling.repetition_penalty != 1.0 else None
         self._seed = _mix(sampling.seed)
 
-    def next(self, logits: torch.Tensor) -> int:
-        """Logits [V] of any number type -> token id."""
+    def sample(self, logits: torch.Tensor) -> int:
+        """Logits [V] of any number type -> the next token id."""
         logits = logits.float()
         if self._seen is not None:
             logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
         token = self._draw(logits) if self.sampling.do_sample else int(logits.argmax())
-        self.drew(token)
+        self.advance(token)
         return token
 
-    def drew(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         """`token` is the next one; `draw` has drawn it with this sampler's settings."""
         self.draws += 1
         if self._seen is not None:
@@ -65,10 +65,10 @@ class Sampler:
 
     def settings(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Whole numbers (key, draws, top_k, do_sample) and others (temperature, top_p, penalty) for `draw`."""
-        one = self.sampling
+        sampling = self.sampling
         return (
-            (_signed(self._seed), self.draws, one.top_k, int(one.do_sample)),
-            (one.temperature, one.top_p, one.repetition_penalty),
+            (_signed(self._seed), self.draws, sampling.top_k, int(sampling.do_sample)),
+            (sampling.temperature, sampling.top_p, sampling.repetition_penalty),
         )
 
     @property
@@ -77,7 +77,7 @@ class Sampler:
         return self._seen
 
     def copy(self) -> Sampler:
-        """A sampler with the same dice: from equal logits it draws what this one will draw."""
+        """A sampler with the same random numbers: from equal logits it draws what this one will draw."""
         twin = copy.copy(self)
         twin._seen = set(self._seen) if self._seen is not None else None
         return twin
@@ -94,16 +94,16 @@ class Sampler:
 def draw(
     logits: torch.Tensor, whole: torch.Tensor, others: torch.Tensor, seen: torch.Tensor | None, sampled: bool
 ) -> torch.Tensor:
-    """The next tokens [B] of B answers, as their samplers would draw them, without the host waiting for anything.
+    """The next tokens [B] of B sequences, as their samplers would draw them, without the host waiting for anything.
 
-    It works on any device and can be captured in a CUDA graph: all shapes are fixed, so where `Sampler.next` looks at
+    It works on any device and can be captured in a CUDA graph: all shapes are fixed, so where `Sampler.sample` looks at
     a few of the likeliest tokens first, this sorts the vocabulary.
 
     Args:
         logits: [B, V], any number type.
         whole: int64 [4, B], others: float32 [3, B], the samplers' `settings`; draws are counted up in place.
         seen: bool [B, V], tokens that the repetition penalty changes, the drawn one is added; None without a penalty.
-        sampled: whether any answer has do_sample.
+        sampled: whether any sequence has do_sample.
     """
     key, draws, top_k, do_sample = whole
     temperature, top_p, penalty = others
@@ -113,8 +113,8 @@ def draw(
         logits = torch.where(seen, pushed, logits)
     tokens = logits.argmax(dim=-1)
     if sampled:
-        dice = _scrambled(key + draws + _signed(_GOLDEN))
-        tokens = torch.where(do_sample > 0, _race(logits, temperature, top_k, top_p, dice), tokens)
+        keys = _scrambled(key + draws + _signed(_GOLDEN))
+        tokens = torch.where(do_sample > 0, _race(logits, temperature, top_k, top_p, keys), tokens)
     draws += 1
     if seen is not None:
         seen.scatter_(1, tokens[:, None], True)
@@ -122,7 +122,7 @@ def draw(
 
 
 def _race(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, dice: torch.Tensor
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
     """`distribution` and the exponential race for each row of logits [B, V]; the rest are [B] -> ids [B]."""
     smallest = torch.finfo(logits.dtype).tiny
@@ -135,7 +135,7 @@ def _race(
     before = probabilities.cumsum(dim=-1) - probabilities
     kept = (before < top_p[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
     kept = torch.where(top_p[:, None] < 1.0, kept, values.shape[-1])
-    race = probabilities.double() / noise(dice[:, None], ids)
+    race = probabilities.double() / noise(keys[:, None], ids)
     race = torch.where((place < kept) & (place < top_k), race, -1.0)
     return ids.gather(1, race.argmax(dim=-1, keepdim=True))[:, 0]
 

@@ -1,5 +1,5 @@
-"""Linear layers with packed weights (kernels.c) and attention over the key/value cache (attention.c), computed by the
-compiled library beside this file, where there is one.
+"""Linear layers with packed weights and attention over the key/value cache on a CPU, computed by the compiled library
+beside this file (csrc/linear.c, csrc/attention.c), where there is one.
 
 The library is built by setup.py if a compiler is there. It picks AVX-512 VNNI or AVX2 when it runs, and has nothing
 for other processors: `level()` is then 0 and callers compute with torch. It runs on torch's own OpenMP threads, so
@@ -80,7 +80,7 @@ def linear(
     """x [M, K] @ weights.T + bias -> [M, outputs], in the number type of x.
 
     Args:
-        kind: INT8, INT4 or BF16; see kernels.c for the layouts.
+        kind: INT8, INT4 or BF16; see csrc/linear.c for the layouts.
         x: float32 or bfloat16 on the CPU.
         weights: packed.
         scales: float32 [N] for INT8, float16 [N/16, K/128, 16] for INT4, None for BF16.
@@ -150,7 +150,7 @@ def attends(device: torch.device, dtype: torch.dtype, width: int, rotated: int) 
 
 
 def attend(
-    mixed: torch.Tensor,
+    qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     slots: torch.Tensor,
@@ -162,25 +162,25 @@ def attend(
     """Rotate queries and keys, write keys and values into the cache, and look at each token's places 0 .. position.
 
     Args:
-        mixed: [N, H, 3, D] query, key and value of N tokens, float32 or bfloat16; see `attends`.
-        cos, sin: float32 [N, ..., R], as neox.Rotary gives them.
+        qkv: [N, H, 3, D] query, key and value of N tokens, float32 or bfloat16; see `attends`.
+        cos, sin: float32 [N, ..., R], as engine.rotary.Rotary gives them.
         slots, positions: int64 [N]; no two tokens have the same place. The earlier places of a slot are in the cache.
         keys, values: [B, H, length, D] the cache, float32 or bfloat16; written.
         at_level: an instruction set below the best one, for tests.
 
     Returns:
-        [N, H * D] in the number type of `mixed`.
+        [N, H * D] in the number type of `qkv`.
 
     Raises:
         IndexError: a slot or position is outside the cache; nothing was written.
     """
-    tokens, heads, _, width = mixed.shape
-    _fit_attention(mixed, cos, sin, slots, positions, keys, values)
-    out = torch.empty(tokens, heads * width, dtype=mixed.dtype)
+    tokens, heads, _, width = qkv.shape
+    _fit_attention(qkv, cos, sin, slots, positions, keys, values)
+    out = torch.empty(tokens, heads * width, dtype=qkv.dtype)
     failed = _library().dolly_attend(
-        min(level(), at_level or level()), mixed.dtype == torch.bfloat16, keys.dtype == torch.bfloat16,
+        min(level(), at_level or level()), qkv.dtype == torch.bfloat16, keys.dtype == torch.bfloat16,
         tokens, heads, width, cos.shape[-1], keys.shape[0], keys.shape[2],
-        *(tensor.data_ptr() for tensor in (mixed, cos, sin, slots, positions, keys, values, out)),
+        *(tensor.data_ptr() for tensor in (qkv, cos, sin, slots, positions, keys, values, out)),
         torch.get_num_threads(),
     )  # fmt: skip
     if failed == 2:
@@ -190,19 +190,19 @@ def attend(
     return out
 
 
-def _fit_attention(mixed, cos, sin, slots, positions, keys, values) -> None:
+def _fit_attention(qkv, cos, sin, slots, positions, keys, values) -> None:
     """As _fits."""
-    tokens, heads, _, width = mixed.shape
+    tokens, heads, _, width = qkv.shape
     turned, length = cos.shape[-1], keys.shape[2]
-    sound = attends(mixed.device, mixed.dtype, width, turned) and mixed.shape[2] == 3 and turned <= width
+    sound = attends(qkv.device, qkv.dtype, width, turned) and qkv.shape[2] == 3 and turned <= width
     sound &= all(table.dtype == torch.float32 and table.numel() == tokens * turned for table in (cos, sin))
     sound &= all(places.dtype == torch.int64 and places.shape == (tokens,) for places in (slots, positions))
     sound &= keys.dtype in _FLOATS and keys.dtype == values.dtype and keys.shape == values.shape
     sound &= keys.shape == (keys.shape[0], heads, length, width)
-    tensors = (mixed, cos, sin, slots, positions, keys, values)
+    tensors = (qkv, cos, sin, slots, positions, keys, values)
     if not sound or not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
         raise ValueError(
-            f"attention of {tokens} tokens with {heads} heads of {width}: mixed {mixed.dtype} {list(mixed.shape)} on "
-            f"{mixed.device}, cache {keys.dtype} {list(keys.shape)}, {values.dtype} {list(values.shape)}, "
+            f"attention of {tokens} tokens with {heads} heads of {width}: qkv {qkv.dtype} {list(qkv.shape)} on "
+            f"{qkv.device}, cache {keys.dtype} {list(keys.shape)}, {values.dtype} {list(values.shape)}, "
             f"{list(slots.shape)} slots and {list(positions.shape)} positions do not fit each other"
         )

@@ -4,7 +4,7 @@ int8: one scale per output, activations quantised per token when they arrive (W8
 an output (W4A8). Rounding is to nearest, symmetric around zero, without calibration data, so a tensor can be quantised
 while it streams in. bf16 is exact: the same weights, multiplied in float32.
 
-Stored in a checkpoint (see convert.py), independent of the layout in memory, in the place of NAME.weight:
+Stored in a checkpoint (see checkpoint/quantize.py), independent of the layout in memory, in the place of NAME.weight:
     int8  NAME.weight_int8 int8 [N, K];                   NAME.weight_scale float32 [N]
     int4  NAME.weight_int4 uint8 [N, ceil(K / 2)],        NAME.weight_scale float16 [N, ceil(K / 128)]
           input 2 j in the low half of byte j, both halves with an offset of 8
@@ -13,9 +13,9 @@ Stored in a checkpoint (see convert.py), independent of the layout in memory, in
           so that a reader that does not know it refuses (transformers' Auto classes for its model_type) instead of
           running a network whose linear layers it has not found.
 
-Where the compiled library is missing (see kernels.py) and on CUDA, the numbers are kept as they are stored and
+Where the compiled library is missing (see cpu.py) and on CUDA, the numbers are kept as they are stored and
 activations stay as they are (weight-only), which is more exact. torch then widens the weights chunk by chunk: several
-times slower, except for long prompts. The recorded steps of decode.py read them with their own kernels instead.
+times slower, except for long prompts. Captured steps read them with kernels of their own instead, see triton_decode.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHODS = ("int8", "int4")
 BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5 + 2 / GROUP, "bf16": 2.0}
 #: Outputs that the torch fallback widens at a time: bounds its memory.
 _CHUNK = 4096
-#: A row or group without a larger value counts as zero; the same limit is in kernels.c.
+#: A row or group without a larger value counts as zero; the same limit is in csrc/linear.c.
 _SMALLEST = 1e-30
 
 
@@ -59,7 +59,7 @@ def parse_quantize(name: str | None) -> str | None:
 def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [N, K] -> whole numbers int8 [N, K] from -127 to 127, scales float32 [N]."""
     largest = weight.float().abs().amax(dim=1)
-    # torch.div: `127.0 / largest` would be rounded twice (a reciprocal, times 127), unlike in kernels.c
+    # torch.div: `127.0 / largest` would be rounded twice (a reciprocal, times 127), unlike in linear.c
     inverse = torch.where(largest > _SMALLEST, torch.div(torch.tensor(127.0), largest), 0.0)
     scales = torch.where(largest > _SMALLEST, largest / 127.0, 0.0)
     return (weight.float() * inverse[:, None]).round().to(torch.int8), scales
@@ -114,7 +114,7 @@ class PackedLinear(nn.Module):
     """Takes the place of an nn.Linear. Its tensors arrive one by one through `take`.
 
     Attributes:
-        weight: what `forward` multiplies with: in the layout of kernels.c if `packed`, else as stored.
+        weight: what `forward` multiplies with: in the layout of linear.c if `packed`, else as stored.
         scales: of the weights, or None.
         bias: float32 [N], or None.
         device: of all of them.
@@ -140,6 +140,11 @@ class PackedLinear(nn.Module):
     def packed(self) -> bool:
         """Whether the compiled library computes this layer."""
         return self.device.type == "cpu" and kernels.level() > 0
+
+    @property
+    def fuses_gelu(self) -> bool:
+        """Whether `forward` takes activation="gelu"."""
+        return self.packed
 
     def take(self, leaf: str, tensor: torch.Tensor) -> None:
         """A tensor of a checkpoint, of any float type or as stored above: weight, weight_int8, ... or bias.

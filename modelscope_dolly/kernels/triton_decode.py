@@ -1,7 +1,7 @@
 """The kernels of one decode step on an NVIDIA GPU, in Triton: linear layers, two layer norms, rotary with attention.
 
 How it works
-1. A decode step has few rows (one new token for each of B answers), so its time is that of reading the weights.
+1. A decode step has few rows (one new token for each of B sequences), so its time is that of reading the weights.
    A program of `linear` computes 16 outputs (32 from 17 rows on) and reads their weights in pieces of 256 or 512
    inputs, several pieces ahead (cp.async), so that enough bytes are under way to keep the memory busy.
 2. Its four warps share the inputs of a piece, not the outputs: a batched tl.dot of weights [4, outputs, inputs] and
@@ -12,14 +12,14 @@ How it works
    adds itself to it, so a mask and a subtraction make the value (Kim et al. 2022, arXiv:2211.10017). The scale of a
    group of 128 inputs is applied to the group's sum of products.
 4. `two_norms`: both layer norms of a layer read the same row (parallel residual). One program per row.
-5. `attend`: one program per answer and head rotates query and key, writes key and value into the cache, and goes once
+5. `attend`: one program per sequence and head rotates query and key, writes key and value into the cache, and goes once
    through the earlier places with running maxima and sums (Milakov and Gimelshein 2018, arXiv:1805.02867), one for
    each line of a tile, put together at the end (as in Dao et al. 2023, "Flash-Decoding"). The new token itself comes
    from registers, so nothing waits for the cache to be written.
 
 Launch settings follow from shapes only, nothing waits for the host and results are deterministic, so a CUDA graph can
 record all of it. Checked with Triton's interpreter and compiled for compute capabilities 8.0 and 9.0
-(tests/test_triton_kernels.py, test_triton_compiled.py); it has not run on a GPU yet.
+(tests/kernels/test_triton_decode.py, test_triton_compiled.py); it has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def linear(
 
     Args:
         x: float32, float16 or bfloat16; M from 1 to LARGEST_M.
-        weight: [N, K] of x's type, or as stored in a quantised checkpoint (quantize.py): int8 [N, K], or int4 as
-            uint8 [N, ceil(K / 2)].
+        weight: [N, K] of x's type, or as stored in a quantised checkpoint (quantized_linear.py): int8 [N, K], or
+            int4 as uint8 [N, ceil(K / 2)].
         scales: float32 [N] for int8, float16 [N, ceil(K / 128)] for int4.
         bias: [N] of x's type or float32.
         residual: [M, N] of x's type.
@@ -225,7 +225,7 @@ def two_norms(x: torch.Tensor, first: nn.LayerNorm, second: nn.LayerNorm) -> tup
 
 @_jit
 def _attend(
-    mixed_at, cos_at, sin_at, keys_at, values_at, positions_at, out_at, L, scale, stride_b, stride_h, stride_part,
+    qkv_at, cos_at, sin_at, keys_at, values_at, positions_at, out_at, L, scale, stride_b, stride_h, stride_part,
     D: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """WIDTH: D, filled up to a power of two. PLACES: of the cache, read at a time."""
@@ -236,7 +236,7 @@ def _attend(
     other = tl.where(turned, tl.where(d < R // 2, d + R // 2, d - R // 2), d)
     cos = tl.load(cos_at + b * R + d, turned, 1.0).to(tl.float32)
     sin = tl.load(sin_at + b * R + d, turned, 0.0).to(tl.float32)
-    query_at = mixed_at + b * stride_b + h * stride_h
+    query_at = qkv_at + b * stride_b + h * stride_h
     key_at = query_at + stride_part
     query = tl.load(query_at + d, inside, 0.0).to(tl.float32) * cos
     query += tl.load(query_at + other, inside, 0.0).to(tl.float32) * sin
@@ -274,34 +274,34 @@ def _attend(
 
 
 def attend(
-    mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     positions: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Attention of one new token for each of B slots, whose key and value go into the cache -> [B, H * D].
 
     Args:
-        mixed: [B, H, 3, D] query, key and value of the new tokens, not rotated yet; D contiguous.
-        cos, sin: [B, R] of mixed's type, R <= D; as neox.Rotary makes them, the first half of sin negative.
-        keys, values: [S, H, L, D] of mixed's type, S >= B; row b is slot b.
+        qkv: [B, H, 3, D] query, key and value of the new tokens, not rotated yet; D contiguous.
+        cos, sin: [B, R] of qkv's type, R <= D; as engine.rotary.Rotary makes them, the first half of sin negative.
+        keys, values: [S, H, L, D] of qkv's type, S >= B; row b is slot b.
         positions: int64 [B], place of the new token. The places before it are read. With one outside 0 .. L-1 nothing
             is written, and nothing outside the cache is read.
 
     Raises:
         ValueError: shapes, types or places that do not fit each other.
     """
-    sound = mixed.dim() == keys.dim() == 4 and cos.dim() == 2 and mixed.dtype in _FLOATS
+    sound = qkv.dim() == keys.dim() == 4 and cos.dim() == 2 and qkv.dtype in _FLOATS
     if sound:
-        (batch, heads, parts, width), (slots, _, length, _), turned = mixed.shape, keys.shape, cos.shape[1]
-        sound = batch > 0 and parts == 3 and mixed.stride(3) == 1 and 0 < turned <= width and turned % 2 == 0
-        sound &= slots >= batch and length > 0 and all(_is(t, (mixed.dtype,), (batch, turned)) for t in (cos, sin))
-        sound &= all(_is(t, (mixed.dtype,), (slots, heads, length, width)) for t in (keys, values))
+        (batch, heads, parts, width), (slots, _, length, _), turned = qkv.shape, keys.shape, cos.shape[1]
+        sound = batch > 0 and parts == 3 and qkv.stride(3) == 1 and 0 < turned <= width and turned % 2 == 0
+        sound &= slots >= batch and length > 0 and all(_is(t, (qkv.dtype,), (batch, turned)) for t in (cos, sin))
+        sound &= all(_is(t, (qkv.dtype,), (slots, heads, length, width)) for t in (keys, values))
         sound &= _is(positions, (torch.int64,), (batch,))
-    _demand(sound, "attention", mixed=mixed, cos=cos, sin=sin, keys=keys, values=values, positions=positions)
-    out = torch.empty(batch, heads * width, dtype=mixed.dtype, device=mixed.device)
-    with torch.cuda.device_of(mixed):
+    _demand(sound, "attention", qkv=qkv, cos=cos, sin=sin, keys=keys, values=values, positions=positions)
+    out = torch.empty(batch, heads * width, dtype=qkv.dtype, device=qkv.device)
+    with torch.cuda.device_of(qkv):
         _attend[heads, batch](
-            mixed, cos, sin, keys, values, positions, out, length, width**-0.5, *mixed.stride()[:3],
-            D=width, R=turned, WIDTH=triton.next_power_of_2(width), PLACES=128 // mixed.element_size(), STAGES=3,
+            qkv, cos, sin, keys, values, positions, out, length, width**-0.5, *qkv.stride()[:3],
+            D=width, R=turned, WIDTH=triton.next_power_of_2(width), PLACES=128 // qkv.element_size(), STAGES=3,
             num_warps=8,
         )  # fmt: skip
     return out
@@ -329,7 +329,7 @@ def _demand(sound: bool, what: str, **tensors: torch.Tensor | None) -> None:
     """The kernels read raw memory: nothing of the wrong size, type or place may reach them. Raises ValueError."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     sound = sound and len({tensor.device for tensor in given.values()}) == 1
-    sound &= all(tensor.is_contiguous() or name == "mixed" for name, tensor in given.items())
+    sound &= all(tensor.is_contiguous() or name == "qkv" for name, tensor in given.items())
     if triton is None or not sound or not (_interpreted() or next(iter(given.values())).is_cuda):
         found = (
             f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"

@@ -9,7 +9,8 @@ import torch
 
 from modelscope_dolly.checkpoint import memory as plan_module
 from modelscope_dolly.checkpoint.reader import open_checkpoint
-from modelscope_dolly.engine.engine import Engine, Request
+from modelscope_dolly.engine.engine import Engine
+from modelscope_dolly.engine.sequence import Request
 from modelscope_dolly.errors import CheckpointError
 from modelscope_dolly.load import load_network
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from modelscope_dolly import dolly_pipeline
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.cli.main import main
-from modelscope_dolly.engine.engine import Request
 from modelscope_dolly.engine.sampling import Sampling
+from modelscope_dolly.engine.sequence import Request
 from modelscope_dolly.prompt import CONTROL_KEYS
 from tests.support.models import random_model
 from train.publishing.remote_files import Destination
@@ -60,7 +60,7 @@ def our_answers(pipe, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) ->
     """The ids of our greedy answers, stop id included."""
     stop = pipe.model.checkpoint.tokenizer.control.stop
     requests = [Request(ids, new_tokens, Sampling(do_sample=False), stop) for ids in prompts]
-    return pipe.model.responder.engine.generate(requests)
+    return pipe.model.text_generator.engine.generate(requests)
 
 
 def test_chat_template_of_transformers_gives_our_prompt(published, pipe, records):

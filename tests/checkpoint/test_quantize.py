@@ -51,7 +51,7 @@ def state(model: loading.Dolly) -> dict[str, torch.Tensor]:
 
 
 def answer(model: loading.Dolly) -> str:
-    return model.responder.answers([Prompt("Name a colour.")], GREEDY, slots=1)[0][0].text
+    return model.text_generator.generate([Prompt("Name a colour.")], GREEDY, slots=1)[0][0].text
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

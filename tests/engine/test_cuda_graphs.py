@@ -1,4 +1,4 @@
-"""Recorded decode steps: the tokens of the engine without them, nothing that waits for the host, and a way back.
+"""Captured decode steps: the tokens of the engine without them, nothing that waits for the host, and a way back.
 
 The CUDA graph is replaced by a recording of torch's operations (recorded.py): everything else is what runs on a GPU.
 """
@@ -15,11 +15,15 @@ import pytest
 import torch
 
 from modelscope_dolly.engine import cuda_graphs as decode
-from modelscope_dolly.engine.cuda_graphs import BURST, Decoder, _Board, batch_size, burst
-from modelscope_dolly.engine.engine import Engine, Request, RunStats
-from modelscope_dolly.engine.gpt_neox import KVCache, NeoX, Step
+from modelscope_dolly.engine.cuda_graphs import BURST, GraphCapture, StepBuffers, batch_size, burst
+from modelscope_dolly.engine.engine import Engine
+from modelscope_dolly.engine.gpt_neox import GPTNeoX
+from modelscope_dolly.engine.gpt_neox_fused import can_fuse, fused_forward
+from modelscope_dolly.engine.kv_cache import KVCache
 from modelscope_dolly.engine.sampling import Sampler, Sampling
+from modelscope_dolly.engine.sequence import Request, RunStats
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
+from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.errors import HardwareError, SettingError
 from modelscope_dolly.kernels import cpu as kernels
 from modelscope_dolly.kernels import triton_decode as triton_kernels
@@ -34,10 +38,10 @@ def random_ids(length: int, seed: int) -> list[int]:
     return torch.randint(1, 1024, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def recording(model, record=None) -> Engine:
-    """An engine whose steps are recorded."""
+def capturing(model, record=None) -> Engine:
+    """An engine whose steps are captured."""
     engine = our_engine(model)
-    engine.decoder = Decoder(engine.net, engine.device, record or Recorder())
+    engine.capture = GraphCapture(engine.net, engine.device, record or Recorder())
     return engine
 
 
@@ -74,40 +78,40 @@ def alone(plain, varied) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 20])
-def test_recorded_steps_make_the_tokens_of_the_ordinary_ones(oracle, varied, alone, slots):
-    engine = recording(oracle)
+def test_captured_steps_make_the_tokens_of_the_ordinary_ones(oracle, varied, alone, slots):
+    engine = capturing(oracle)
     assert engine.generate(varied, slots) == alone
-    assert engine.decoder.record.recordings > 0
-    assert len(engine.decoder.forwards) == 1  # none was given up
+    assert engine.capture.capture.recordings > 0
+    assert len(engine.capture.forwards) == 1  # none was given up
 
 
-def test_a_second_run_records_nothing_anew_and_does_not_see_the_first(oracle, varied, alone, monkeypatch):
+def test_a_second_run_captures_nothing_anew_and_does_not_see_the_first(oracle, varied, alone, monkeypatch):
     monkeypatch.setattr(decode, "BURST_SECONDS", 0.0)  # both runs then meet the same batch sizes
-    engine = recording(oracle)
+    engine = capturing(oracle)
     assert engine.generate(varied, 4) == alone
-    made = engine.decoder.record.recordings
+    made = engine.capture.capture.recordings
     assert engine.generate(varied, 4) == alone
-    assert engine.decoder.record.recordings == made
+    assert engine.capture.capture.recordings == made
     assert engine.generate(varied[3::-1], 2) == alone[3::-1]  # fewer slots and a shorter cache than there are
 
 
 def test_a_larger_run_makes_a_larger_cache(oracle, plain, varied, alone):
-    engine = recording(oracle)
+    engine = capturing(oracle)
     assert engine.generate(varied[:2], 1) == alone[:2]
-    small = engine.decoder._kept.cache
+    small = engine.capture._kept.cache
     assert engine.generate(varied, 6) == alone
-    large = engine.decoder._kept.cache
+    large = engine.capture._kept.cache
     assert (small.slots, large.slots) == (1, 6)
     assert large.length == decode.CACHE_STEP
     long = [Request(random_ids(decode.CACHE_STEP, 1), 4, GREEDY)]
     assert engine.generate(long) == plain.generate(long)
-    assert engine.decoder._kept.cache.length == 2 * decode.CACHE_STEP
+    assert engine.capture._kept.cache.length == 2 * decode.CACHE_STEP
 
 
 def test_several_steps_run_between_two_looks_and_nothing_follows_the_end(oracle, plain, monkeypatch):
-    engine, bursts = recording(oracle), []
-    run = _Board.run
-    monkeypatch.setattr(_Board, "run", lambda board, active, steps: bursts.append(steps) or run(board, active, steps))
+    engine, bursts = capturing(oracle), []
+    run = StepBuffers.run
+    monkeypatch.setattr(StepBuffers, "run", lambda *given: bursts.append(given[2]) or run(*given))
     monkeypatch.setattr(decode, "BURST_SECONDS", 1e9)
     requests = [Request(random_ids(5, seed), 40, GREEDY) for seed in range(2)]
     stats = RunStats()
@@ -125,36 +129,36 @@ def test_several_steps_run_between_two_looks_and_nothing_follows_the_end(oracle,
 
 def test_the_last_place_of_the_window_can_be_reached(oracle, plain):
     requests = [Request(random_ids(2040, 1), 8, GREEDY), Request(random_ids(2000, 2), 48, Sampling(seed=1))]
-    assert recording(oracle).generate(requests, 2) == plain.generate(requests, 2)
+    assert capturing(oracle).generate(requests, 2) == plain.generate(requests, 2)
 
 
-def test_watching_and_guessing_answers_are_looked_at_after_each_step(oracle, plain):
+def test_sequences_that_are_watched_or_have_draft_tokens_are_looked_at_after_each_step(oracle, plain):
     pattern = random_ids(6, 3) * 8
 
     def requests(seen: list) -> list[Request]:
-        guessing = Request(pattern, 30, GREEDY, guesser=PromptLookup)
+        guessing = Request(pattern, 30, GREEDY, proposer=PromptLookup)
         watched = Request(
-            random_ids(9, 5), 30, Sampling(seed=3), watch=lambda token: seen.append(token) or len(seen) > 9
+            random_ids(9, 5), 30, Sampling(seed=3), on_token=lambda token: seen.append(token) or len(seen) > 9
         )
         return [guessing, watched]
 
     seen, expected = [], []
-    assert recording(oracle).generate(requests(seen), 2) == plain.generate(requests(expected), 2)
+    assert capturing(oracle).generate(requests(seen), 2) == plain.generate(requests(expected), 2)
     assert seen == expected and len(seen) == 10
 
 
-def test_a_closed_run_leaves_the_recordings_for_the_next(oracle, varied, alone):
-    engine = recording(oracle)
+def test_a_closed_run_leaves_the_graphs_for_the_next(oracle, varied, alone):
+    engine = capturing(oracle)
     run = engine.run(varied, 4)
     assert len(list(islice(run, 30))) == 30
     run.close()
-    kept = engine.decoder._kept
+    kept = engine.capture._kept
     assert kept is not None
-    assert engine.generate(varied, 4) == alone and engine.decoder._kept is kept
+    assert engine.generate(varied, 4) == alone and engine.capture._kept is kept
 
 
 def test_runs_at_the_same_time_do_not_share_a_cache(oracle, varied, alone):
-    engine = recording(oracle)
+    engine = capturing(oracle)
     first, second = engine.run(varied, 3), engine.run(varied, 3)
     answers: list[list[list[int]]] = [[[] for _ in varied] for _ in range(2)]
     for pair in zip(first, second, strict=True):
@@ -165,20 +169,20 @@ def test_runs_at_the_same_time_do_not_share_a_cache(oracle, varied, alone):
 
 def test_threads_take_turns(oracle, varied, alone):
     # a recording by TorchDispatchMode belongs to its thread, so they are made before
-    engine = recording(oracle)
+    engine = capturing(oracle)
     assert engine.generate(varied, 4) == alone
     with ThreadPoolExecutor(3) as pool:
-        engine.decoder.record = lambda step: step
+        engine.capture.capture = lambda step: step
         assert list(pool.map(lambda _: engine.generate(varied, 4), range(3))) == [alone] * 3
 
 
 def wrong(self, tokens, positions, cache):
-    logits = Decoder._plain(self, tokens, positions, cache)
+    logits = GraphCapture._plain(self, tokens, positions, cache)
     return logits.flip(-1)
 
 
 def plainly(self, tokens, positions, cache):
-    return Decoder._plain(self, tokens, positions, cache)
+    return GraphCapture._plain(self, tokens, positions, cache)
 
 
 def broken(self, tokens, positions, cache):
@@ -189,54 +193,54 @@ def broken(self, tokens, positions, cache):
     "forward, reason", [(wrong, "of their spread away"), (broken, "RuntimeError: no kernel image")]
 )
 def test_a_forward_that_is_wrong_or_fails_is_given_up_with_a_warning(oracle, varied, alone, caplog, forward, reason):
-    engine = recording(oracle)
-    decoder = engine.decoder
-    decoder.forwards.insert(0, ("the fast kernels", lambda *step: forward(decoder, *step)))
+    engine = capturing(oracle)
+    capture = engine.capture
+    capture.forwards.insert(0, ("the fast kernels", lambda *step: forward(capture, *step)))
     with caplog.at_level(logging.WARNING, "modelscope.dolly"):
         assert engine.generate(varied, 4) == alone
-    assert [name for name, _ in decoder.forwards] == ["torch's kernels"]
+    assert [name for name, _ in capture.forwards] == ["torch's kernels"]
     [message] = caplog.messages
     assert "the fast kernels cannot be used on cpu" in message and reason in message and "\n" not in message
 
 
 def test_a_forward_that_fails_for_one_batch_size_is_given_up_for_all(oracle, varied, alone):
-    engine = recording(oracle)
-    decoder = engine.decoder
-    decoder.forwards.insert(
-        0, ("the fast kernels", lambda *step: (wrong if len(step[0]) == 1 else plainly)(decoder, *step))
+    engine = capturing(oracle)
+    capture = engine.capture
+    capture.forwards.insert(
+        0, ("the fast kernels", lambda *step: (wrong if len(step[0]) == 1 else plainly)(capture, *step))
     )
     assert engine.generate(varied, 4) == alone
-    assert {board._forward for board in decoder._kept._boards.values()} == {decoder.forwards[0][1]}
+    assert {buffers._forward for buffers in capture._kept._buffers.values()} == {capture.forwards[0][1]}
 
 
-def test_without_any_recording_the_engine_computes_step_by_step(oracle, varied, alone, caplog):
+def test_without_any_graph_the_engine_computes_step_by_step(oracle, varied, alone, caplog):
     def no_graphs(step):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
-    engine = recording(oracle, no_graphs)
+    engine = capturing(oracle, no_graphs)
     assert engine.generate(varied, 4) == alone
-    assert engine.decoder.forwards == [] and len(caplog.messages) == 1
+    assert engine.capture.forwards == [] and len(caplog.messages) == 1
 
 
 def test_memory_that_runs_out_is_one_error(oracle, varied):
     def no_memory(step):
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(HardwareError, match="out of memory with 4 answers of up to 256 tokens in work"):
-        recording(oracle, no_memory).generate(varied, 4)
+    with pytest.raises(HardwareError, match="out of memory with 4 sequences of up to 256 tokens"):
+        capturing(oracle, no_memory).generate(varied, 4)
 
 
 def test_output_that_is_not_finite_is_an_error_and_its_cache_is_not_kept(varied):
     model = random_model()
-    engine = recording(model)
+    engine = capturing(model)
     engine.generate(varied[:4], 4)
-    run = engine.run(varied[:4], 4)  # all prompts in one pass: what follows are recorded steps
+    run = engine.run(varied[:4], 4)  # all prompts in one pass: what follows are captured steps
     next(run)
     with torch.no_grad():
         model.lm_head.weight[7, 3] = float("nan")
     with pytest.raises(HardwareError, match="not finite in float32"):
         list(run)
-    assert engine.decoder._kept is None
+    assert engine.capture._kept is None
 
 
 @pytest.mark.parametrize("penalised", [False, True])
@@ -245,19 +249,19 @@ def test_a_step_stays_on_its_device(oracle, penalised):
     net = our_network(oracle).to("meta")
     cache = KVCache(4, 64)
     for index in range(3):
-        cache.layer(index, torch.empty(4, 4, 16, device="meta"))
-    decoder = Decoder(net, torch.device("meta"), lambda step: step)
-    board = _Board(decoder, cache, decoder._plain, 4, True, penalised)
+        cache.layer_cache(index, torch.empty(4, 4, 16, device="meta"))
+    capture = GraphCapture(net, torch.device("meta"), lambda step: step)
+    buffers = StepBuffers(capture, cache, capture._plain, 4, True, penalised)
     net.gpt_neox.layers[0].attention.rotary(torch.empty(1, device="meta"), torch.float32)
     with on_one_device("meta"), torch.inference_mode():
-        board.step()
-    assert board.logits.device.type == "meta" and board.logits.shape == (4, 1024)
+        buffers.step()
+    assert buffers.logits.device.type == "meta" and buffers.logits.shape == (4, 1024)
 
 
 def test_rows_without_an_answer_disturb_nobody(oracle, plain):
-    """Three answers in a recording for four, beside a slot that holds an old text."""
+    """Three sequences in a graph for four, beside a slot that holds an old text."""
     requests = [Request(random_ids(20 + n, n), 25 if n else 5, Sampling(seed=n)) for n in range(4)]
-    assert recording(oracle).generate(requests, 4) == plain.generate(requests)
+    assert capturing(oracle).generate(requests, 4) == plain.generate(requests)
 
 
 def test_batch_sizes_and_bursts():
@@ -268,8 +272,8 @@ def test_batch_sizes_and_bursts():
 
 def test_a_network_of_another_build_is_not_fused():
     for changes in ({"use_parallel_residual": False}, {"hidden_act": "relu"}):
-        assert not decode.can_fuse(our_network(random_model(**changes)))
-    assert decode.can_fuse(our_network(random_model()))
+        assert not can_fuse(our_network(random_model(**changes)))
+    assert can_fuse(our_network(random_model()))
 
 
 def test_the_environment_chooses_how_steps_are_computed(oracle, monkeypatch):
@@ -277,7 +281,7 @@ def test_the_environment_chooses_how_steps_are_computed(oracle, monkeypatch):
     names = {}
     for found in ("", "fused", "recorded"):
         monkeypatch.setenv("DOLLY_DECODE", found)
-        names[found] = [name for name, _ in recording(oracle).decoder.forwards]
+        names[found] = [name for name, _ in capturing(oracle).capture.forwards]
     assert names == {
         "": names["fused"],
         "fused": ["the fused kernels", *names["recorded"]],
@@ -285,7 +289,7 @@ def test_the_environment_chooses_how_steps_are_computed(oracle, monkeypatch):
     }
     monkeypatch.setenv("DOLLY_DECODE", "fast")
     with pytest.raises(SettingError, match=r"unknown DOLLY_DECODE 'fast'\. Allowed: fused, plain, recorded"):
-        decode.way()
+        decode.decode_mode()
 
 
 def test_settings_of_a_sampler_fit_the_device(oracle):
@@ -319,10 +323,10 @@ def test_the_fused_step_makes_the_tokens_of_the_ordinary_one(fused, monkeypatch,
     prompts = [[token % 128 for token in random_ids(4 + 7 * n, n)] for n in range(3)]
     requests = [Request(ids, 4, GREEDY if n % 2 else Sampling(seed=n)) for n, ids in enumerate(prompts)]
     expected = engine.generate(requests, 3)
-    decoder = engine.decoder = Decoder(net, engine.device, fused())
+    capture = engine.capture = GraphCapture(net, engine.device, fused())
     assert engine.generate(requests, 3) == expected
-    assert [name for name, _ in decoder.forwards] == ["the fused kernels", "torch's kernels"]  # passed its check
-    assert decoder.record.launches > 0
+    assert [name for name, _ in capture.forwards] == ["the fused kernels", "torch's kernels"]  # passed its check
+    assert capture.capture.launches > 0
 
 
 @torch.inference_mode()
@@ -336,14 +340,11 @@ def test_logits_of_the_fused_step_are_those_of_the_network(fused, changes):
     caches = []
     for _ in range(2):
         cache = KVCache(3, 64)
-        ends = [0, *itertools.accumulate(map(len, prompts))]
-        spans = tuple((slot, *pair) for slot, pair in enumerate(itertools.pairwise(ends)))
-        positions = torch.cat([torch.arange(len(ids)) for ids in prompts])
-        net(torch.tensor([*itertools.chain(*prompts)]), Step(positions, spans=spans), cache)
+        net(torch.tensor([*itertools.chain(*prompts)]), StepInput.prefill([len(ids) for ids in prompts]), cache)
         caches.append(cache)
     positions, tokens = torch.tensor([len(ids) for ids in prompts]), torch.tensor([7, 8, 9])
-    expected = net(tokens, Step(positions, length=31), caches[0])
-    found = decode.fused_forward(net, tokens, positions, caches[1])
+    expected = net(tokens, StepInput.decode(positions.tolist()), caches[0])
+    found = fused_forward(net, tokens, positions, caches[1])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     for index in range(2):
         for mine, theirs in zip(caches[1]._layers[index], caches[0]._layers[index], strict=True):
@@ -358,15 +359,15 @@ def test_all_passes_of_a_run_stay_on_a_cuda_device(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(varlen, "works", lambda query, dropout=0.0: True)
     with FakeTensorMode(), torch.no_grad(), torch.device(device):
-        net = NeoX(tiny_config())
+        net = GPTNeoX(tiny_config())
         for parameter in net.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
         cache = KVCache(4, 256)
-        logits = net(torch.tensor([1, 2, 3, 4]), Step(torch.tensor([0, 1, 0, 1]), spans=((0, 0, 2), (1, 2, 4))), cache)
+        logits = net(torch.tensor([1, 2, 3, 4]), StepInput.prefill([2, 2]), cache)
         assert logits.device == device and logits.shape == (2, 1024)
-        decoder = Decoder(net, device, lambda step: step)
-        board = _Board(decoder, cache, decoder._plain, 4, True, True)
-        board.step()
-        assert board.logits.device == device and board.logits.shape == (4, 1024)
-        logits = net(torch.tensor([5, 6, 7]), Step.extend([(0, 2, 2), (1, 2, 1)]), cache)
+        capture = GraphCapture(net, device, lambda step: step)
+        buffers = StepBuffers(capture, cache, capture._plain, 4, True, True)
+        buffers.step()
+        assert buffers.logits.device == device and buffers.logits.shape == (4, 1024)
+        logits = net(torch.tensor([5, 6, 7]), StepInput.verify([(0, 2, 2), (1, 2, 1)]), cache)
         assert logits.device == device and logits.shape == (3, 1024)

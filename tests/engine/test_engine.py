@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modelscope_dolly.engine.engine import Engine, Request, RunStats
+from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.sampling import Sampling
+from modelscope_dolly.engine.sequence import Request, RunStats
 from modelscope_dolly.errors import HardwareError, PromptError
 from tests.support.models import our_engine, random_model
 
@@ -144,16 +145,16 @@ def test_stop_ids_end_answers_as_in_transformers_and_are_their_last_id(oracle, e
     assert not any(set(answer[:-1]) & one.stop_ids for answer, one in zip(answers, asked, strict=True))
 
 
-def test_the_watcher_sees_each_id_but_the_stop_id_and_can_end_the_answer(engine):
+def test_on_token_sees_each_id_but_the_stop_id_and_can_end_the_answer(engine):
     ids = random_ids(20, 3)
     whole = engine.generate([Request(ids, 10, GREEDY)])[0]
     seen: list[int] = []
 
-    def watch(token_id: int) -> bool:
+    def on_token(token_id: int) -> bool:
         seen.append(token_id)
         return len(seen) == 4
 
-    tokens = list(engine.run([Request(ids, 10, GREEDY, watch=watch), Request(ids, 10, GREEDY)], slots=2))
+    tokens = list(engine.run([Request(ids, 10, GREEDY, on_token=on_token), Request(ids, 10, GREEDY)], slots=2))
     assert [token.id for token in tokens if token.index == 0] == whole[:4] == seen
     assert [token.finish_reason for token in tokens if token.index == 0] == [None, None, None, "stop"]
     assert [token.id for token in tokens if token.index == 1] == whole
@@ -161,7 +162,7 @@ def test_the_watcher_sees_each_id_but_the_stop_id_and_can_end_the_answer(engine)
     seen.clear()
     stop = frozenset(whole[2:3])
     place = whole.index(whole[2])
-    assert engine.generate([Request(ids, 10, GREEDY, stop, watch)])[0] == whole[: place + 1]
+    assert engine.generate([Request(ids, 10, GREEDY, stop, on_token)])[0] == whole[: place + 1]
     assert seen == whole[:place]
 
 
@@ -261,7 +262,7 @@ def test_slots_are_never_idle_while_requests_wait(engine, slots):
 
 
 def test_prompts_are_prefilled_together_up_to_the_limit(engine, passes, monkeypatch):
-    monkeypatch.setattr("modelscope_dolly.engine.engine.PREFILL_TOKENS", 100)
+    monkeypatch.setattr("modelscope_dolly.engine.scheduler.PREFILL_TOKENS", 100)
     lengths = [45, 45, 45, 99, 1, 150, 1, 98]
     engine.generate([Request(random_ids(n, n), 1, GREEDY) for n in lengths], slots=len(lengths))
     # Without padding, in order; a prompt above the limit goes alone.
@@ -279,7 +280,7 @@ def test_running_out_of_memory_is_an_error_that_names_the_remedy(engine, varied,
 
     hook = engine.net.register_forward_pre_hook(fail)
     try:
-        with pytest.raises(HardwareError, match=r"out of memory with 3 answers .* smaller batch_size"):
+        with pytest.raises(HardwareError, match=r"out of memory with 3 sequences .* smaller batch_size"):
             engine.generate(varied, slots=3)
     finally:
         hook.remove()

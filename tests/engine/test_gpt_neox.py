@@ -7,7 +7,10 @@ import torch
 from safetensors import safe_open
 from transformers import GPTNeoXForCausalLM
 
-from modelscope_dolly.engine.gpt_neox import KVCache, NeoX, Rotary, Step, parameter_shapes
+from modelscope_dolly.engine.gpt_neox import GPTNeoX, parameter_shapes
+from modelscope_dolly.engine.kv_cache import KVCache
+from modelscope_dolly.engine.rotary import Rotary
+from modelscope_dolly.engine.step_input import Span, StepInput
 from modelscope_dolly.errors import CheckpointError
 from tests.support.models import our_network, random_model, tiny_config
 
@@ -34,18 +37,14 @@ def random_ids(length: int, seed: int = 0) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def our_logits(net: NeoX, sequences: list[torch.Tensor], prompts: list[int], slots: int) -> list[torch.Tensor]:
+def our_logits(net: GPTNeoX, sequences: list[torch.Tensor], prompts: list[int], slots: int) -> list[torch.Tensor]:
     """Logits from each prompt's last token on: all prompts in one prefill, then a token of each per decode step."""
     cache = KVCache(slots, 64)
-    ends = torch.tensor(prompts).cumsum(0).tolist()
-    spans = tuple((slot, end - size, end) for slot, (size, end) in enumerate(zip(prompts, ends, strict=True)))
     tokens = torch.cat([ids[:size] for ids, size in zip(sequences, prompts, strict=True)])
-    positions = torch.cat([torch.arange(size) for size in prompts])
-    rows = [net(tokens, Step(positions, spans=spans), cache)]
-    places = torch.tensor(prompts)
+    rows = [net(tokens, StepInput.prefill(prompts), cache)]
     for made in range(len(sequences[0]) - prompts[0]):
         tokens = torch.stack([ids[size + made] for ids, size in zip(sequences, prompts, strict=True)])
-        rows.append(net(tokens, Step(places + made, length=int(places.max()) + made + 1), cache))
+        rows.append(net(tokens, StepInput.decode([size + made for size in prompts]), cache))
     return list(torch.stack(rows, dim=1))
 
 
@@ -54,7 +53,7 @@ def their_logits(model: GPTNeoXForCausalLM, sequences: list[torch.Tensor], promp
     return [model(ids[None]).logits[0, size - 1 :] for ids, size in zip(sequences, prompts, strict=True)]
 
 
-def assert_same_logits(model: GPTNeoXForCausalLM, net: NeoX, prompts: list[int], steps: int, slots: int) -> None:
+def assert_same_logits(model: GPTNeoXForCausalLM, net: GPTNeoX, prompts: list[int], steps: int, slots: int) -> None:
     sequences = [random_ids(size + steps, seed) for seed, size in enumerate(prompts)]
     found = our_logits(net, sequences, prompts, slots)
     for mine, wanted in zip(found, their_logits(model, sequences, prompts), strict=True):
@@ -82,36 +81,34 @@ def test_a_slot_keeps_its_sequence_when_it_is_moved(oracle):
     cache = KVCache(3, 64)
     with torch.inference_mode():
         others = random_ids(60, seed=1)  # the target slot holds something longer before
-        spans = ((0, 0, 60), (2, 60, 80))
+        spans = (Span(0, 0, 60), Span(2, 60, 80))
         tokens = torch.cat((others, ids[:20]))
         positions = torch.cat((torch.arange(60), torch.arange(20)))
-        net(tokens, Step(positions, spans=spans), cache)
+        net(tokens, StepInput(positions, spans=spans), cache)
     cache.move(2, 0)
     with torch.inference_mode():
-        found = net(ids[20:], Step(torch.tensor([20]), length=21), cache)
+        found = net(ids[20:], StepInput.decode([20]), cache)
     torch.testing.assert_close(found, their_logits(oracle, [ids], [21])[0], atol=1e-4, rtol=1e-5)
 
 
 @torch.inference_mode()
 def test_several_new_tokens_of_some_slots_give_the_logits_of_transformers(oracle):
-    """Blocks of unequal size, slots left out, one after the other, also over entries of an earlier, longer guess."""
+    """Spans of unequal size, slots left out, one after the other, also over entries of an earlier, longer draft."""
     net, cache = our_network(oracle), KVCache(4, 64)
     sequences = [random_ids(40, seed) for seed in range(4)]
     starts = [9, 1, 14, 5]
-    ends = torch.tensor(starts).cumsum(0).tolist()
-    spans = tuple((slot, end - size, end) for slot, (size, end) in enumerate(zip(starts, ends, strict=True)))
     tokens = torch.cat([ids[:size] for ids, size in zip(sequences, starts, strict=True)])
-    net(tokens, Step(torch.cat([torch.arange(size) for size in starts]), spans=spans), cache)
-    wrong = Step.extend([(slot, start, 20) for slot, start in enumerate(starts)])
+    net(tokens, StepInput.prefill(starts), cache)
+    wrong = StepInput.verify([(slot, start, 20) for slot, start in enumerate(starts)])
     net(random_ids(80, seed=9), wrong, cache)
     expected = [oracle(ids[None]).logits[0] for ids in sequences]
     for counts in ([1, 4, 2, 1], [3, 3, 3, 3], [1, 1, 1, 1], [0, 5, 0, 2], [2, 0, 0, 0], [0, 0, 0, 1]):
         blocks = [(slot, starts[slot], count) for slot, count in enumerate(counts) if count]
         tokens = torch.cat([sequences[slot][start : start + count] for slot, start, count in blocks])
         wanted = [expected[slot][start : start + count] for slot, start, count in blocks]
-        found = net(tokens, Step.extend(blocks), cache)
+        found = net(tokens, StepInput.verify(blocks), cache)
         torch.testing.assert_close(found, torch.cat(wanted), atol=1e-4, rtol=1e-5)
-        last = net(tokens, Step.extend(blocks, last_only=True), cache)
+        last = net(tokens, StepInput.verify(blocks, last_only=True), cache)
         torch.testing.assert_close(last, torch.stack([rows[-1] for rows in wanted]), atol=1e-4, rtol=1e-5)
         for slot, count in enumerate(counts):
             starts[slot] += count
@@ -157,15 +154,6 @@ def test_parameter_shapes_allocate_nothing_and_match_a_real_size():
 )
 def test_other_rope_types_are_refused(changes):
     config = tiny_config(**changes)
-    for build in (Rotary, NeoX, parameter_shapes):
+    for build in (Rotary, GPTNeoX, parameter_shapes):
         with pytest.raises(CheckpointError, match=r"rope type '(linear|dynamic|yarn)' is not supported"):
             build(config)
-
-
-def test_rotary_angles_do_not_lose_precision_at_the_end_of_the_window():
-    rotary = Rotary(tiny_config(rotary_pct=1.0))
-    positions = torch.tensor([0, 1, 1000, 2047])
-    cos, sin = rotary(positions, torch.bfloat16)
-    exact_cos, exact_sin = rotary(positions, torch.float32)
-    assert cos.dtype == torch.bfloat16
-    assert (cos.float() - exact_cos).abs().max() < 2**-8 and (sin.float() - exact_sin).abs().max() < 2**-8

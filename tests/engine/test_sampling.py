@@ -77,7 +77,7 @@ def test_equally_likely_tokens_are_kept_in_the_order_of_their_ids():
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-40, 1e-300])
 def test_a_temperature_near_zero_takes_the_likeliest_token(temperature):
     logits = torch.tensor([10.0, -300.0, 40.0, 30.0])
-    drawn = {Sampler(Sampling(temperature=temperature, seed=seed), []).next(logits) for seed in range(50)}
+    drawn = {Sampler(Sampling(temperature=temperature, seed=seed), []).sample(logits) for seed in range(50)}
     assert drawn == {2}
 
 
@@ -98,8 +98,8 @@ def test_repetition_penalty_is_that_of_transformers(penalty):
 def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     logits = torch.tensor([3.0, 2.9, 2.8, -1.0])
     sampler = Sampler(Sampling(do_sample=False, repetition_penalty=2.0), prompt=[0])
-    assert [sampler.next(logits) for _ in range(3)] == [1, 2, 0]
-    assert Sampler(Sampling(do_sample=False), prompt=[0]).next(logits) == 0
+    assert [sampler.sample(logits) for _ in range(3)] == [1, 2, 0]
+    assert Sampler(Sampling(do_sample=False), prompt=[0]).sample(logits) == 0
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_draws_follow_the_distribution(sampling):
     sampler, draws = Sampler(sampling, []), 10_000
     counts = torch.zeros(12)
     for _ in range(draws):
-        counts[sampler.next(logits)] += 1
+        counts[sampler.sample(logits)] += 1
     assert int(counts.sum()) == draws
     assert not counts[expected == 0].any()
     assert (counts / draws - expected).abs().sum() / 2 < 0.017  # total variation; chance gives about 0.009
@@ -131,7 +131,7 @@ def test_draws_follow_the_distribution(sampling):
 def draw(sampling: Sampling, count: int = 40) -> list[int]:
     generator = torch.Generator().manual_seed(9)
     sampler = Sampler(sampling, [])
-    return [sampler.next(torch.randn(100, generator=generator)) for _ in range(count)]
+    return [sampler.sample(torch.randn(100, generator=generator)) for _ in range(count)]
 
 
 def test_a_seed_gives_its_draws_whatever_else_is_drawn():
@@ -142,20 +142,20 @@ def test_a_seed_gives_its_draws_whatever_else_is_drawn():
     assert all(draw(Sampling(seed=seed)) != first for seed in range(7))
 
     logits = torch.randn(100, generator=torch.Generator().manual_seed(2))
-    alone = [sampler.next(logits) for sampler in [Sampler(Sampling(seed=1), [])] for _ in range(20)]
+    alone = [sampler.sample(logits) for sampler in [Sampler(Sampling(seed=1), [])] for _ in range(20)]
     mixed, other = Sampler(Sampling(seed=1), []), Sampler(Sampling(seed=2), [])
-    assert [(mixed.next(logits), other.next(logits))[0] for _ in range(20)] == alone
+    assert [(mixed.sample(logits), other.sample(logits))[0] for _ in range(20)] == alone
 
 
 def test_draws_are_numbered_whatever_is_kept():
     narrow, wide = Sampler(Sampling(top_k=1, seed=3), []), Sampler(Sampling(top_p=1.0, seed=3), [])
     peaked, logits = torch.zeros(100), torch.randn(100, generator=torch.Generator().manual_seed(2))
     for _ in range(5):
-        narrow.next(peaked)
-        wide.next(logits)
+        narrow.sample(peaked)
+        wide.sample(logits)
     flat = torch.zeros(50)
     narrow.sampling = wide.sampling
-    assert [narrow.next(flat) for _ in range(30)] == [wide.next(flat) for _ in range(30)]
+    assert [narrow.sample(flat) for _ in range(30)] == [wide.sample(flat) for _ in range(30)]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(seed=5), Sampling(seed=5, repetition_penalty=1.5, top_k=30)])
@@ -163,10 +163,10 @@ def test_a_copy_draws_what_the_original_will_draw_and_leaves_it_alone(sampling):
     rows = list(torch.randn(40, 200, generator=torch.Generator().manual_seed(1)) * 2)
     sampler, alone = Sampler(sampling, [1, 2]), Sampler(sampling, [1, 2])
     for row in rows[:10]:
-        assert sampler.next(row) == alone.next(row)
+        assert sampler.sample(row) == alone.sample(row)
     twin = sampler.copy()
-    drawn = [twin.next(row) for row in rows[10:]]
-    assert [sampler.next(row) for row in rows[10:]] == drawn == [alone.next(row) for row in rows[10:]]
+    drawn = [twin.sample(row) for row in rows[10:]]
+    assert [sampler.sample(row) for row in rows[10:]] == drawn == [alone.sample(row) for row in rows[10:]]
 
 
 def test_rounding_hardly_ever_changes_a_draw():
@@ -176,7 +176,7 @@ def test_rounding_hardly_ever_changes_a_draw():
         logits = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * 3
         exact, rounded = (Sampler(Sampling(seed=seed), []) for _ in range(2))
         for _ in range(25):
-            same += exact.next(logits) == rounded.next(logits.bfloat16())
+            same += exact.sample(logits) == rounded.sample(logits.bfloat16())
             total += 1
     assert same > 0.97 * total
 
@@ -204,7 +204,7 @@ def test_greedy_takes_the_likeliest_whatever_temperature_and_filters_say():
     for seed in range(50):
         logits = torch.randn(80, generator=torch.Generator().manual_seed(seed))
         for changes in ({}, {"temperature": 50.0}, {"top_p": 0.01}, {"top_k": 1}, {"seed": seed}):
-            assert Sampler(Sampling(do_sample=False, **changes), []).next(logits) == int(logits.argmax())
+            assert Sampler(Sampling(do_sample=False, **changes), []).sample(logits) == int(logits.argmax())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -212,7 +212,7 @@ def test_half_precision_logits_are_sampled_in_float32(dtype):
     logits = torch.randn(200, generator=torch.Generator().manual_seed(4)).to(dtype)
     for sampling in (Sampling(seed=5), Sampling(do_sample=False), Sampling(seed=5, repetition_penalty=1.7)):
         half, full = Sampler(sampling, [1, 2, 3]), Sampler(sampling, [1, 2, 3])
-        assert [half.next(logits) for _ in range(25)] == [full.next(logits.float()) for _ in range(25)]
+        assert [half.sample(logits) for _ in range(25)] == [full.sample(logits.float()) for _ in range(25)]
 
 
 def settings(samplers: list[Sampler]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,7 +250,7 @@ def test_draws_for_a_batch_are_those_of_its_samplers():
         for _ in range(4):
             logits = torch.randn(rows, vocabulary, generator=generator) * rng.choice((0.1, 1, 5, 30))
             tokens = draw_rows(logits, whole, others, seen, sampled=True).tolist()
-            assert tokens == [sampler.next(row) for sampler, row in zip(samplers, logits, strict=True)], seed
+            assert tokens == [sampler.sample(row) for sampler, row in zip(samplers, logits, strict=True)], seed
         assert whole[1].tolist() == [sampler.draws for sampler in samplers]
 
 
@@ -259,5 +259,5 @@ def test_equal_logits_are_drawn_alike_in_a_batch():
     logits = torch.randint(0, 3, (40, 300), generator=torch.Generator().manual_seed(0)).float()
     samplers = [Sampler(Sampling(top_k=30, top_p=0.8, seed=seed), []) for seed in range(40)]
     whole, others = settings(samplers)
-    expected = [sampler.next(row) for sampler, row in zip(samplers, logits, strict=True)]
+    expected = [sampler.sample(row) for sampler, row in zip(samplers, logits, strict=True)]
     assert draw_rows(logits, whole, others, None, sampled=True).tolist() == expected

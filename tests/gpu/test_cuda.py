@@ -21,7 +21,7 @@ PROMPTS = [Prompt("Name a colour."), Prompt("Who wrote it?", "Pepys wrote the di
 
 def texts(dolly, slots: int, **keywords) -> list[str]:
     settings = GenerationSettings().updated({"max_new_tokens": 40, **keywords})
-    return [updates[0].text for updates in dolly.responder.answers(PROMPTS, settings, slots)]
+    return [updates[0].text for updates in dolly.text_generator.generate(PROMPTS, settings, slots)]
 
 
 def test_greedy_in_float32_is_what_transformers_generates_on_the_same_device(checkpoint_dir, tokenizer):

@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
-from modelscope_dolly.engine.cuda_graphs import Decoder
-from modelscope_dolly.engine.engine import Engine, Request
+from modelscope_dolly.engine.cuda_graphs import GraphCapture
+from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.sampling import Sampling
+from modelscope_dolly.engine.sequence import Request
 from modelscope_dolly.generation import GenerationSettings, Prompt
 from modelscope_dolly.kernels import triton_decode as triton_kernels
 from modelscope_dolly.kernels import varlen_attention as varlen
@@ -30,7 +31,7 @@ def engines(dtype: torch.dtype) -> tuple[Engine, Engine]:
         engine = our_engine(random_model().to(dtype))
         engine.net.to(device)
         pair.append(Engine(engine.net, device, engine.window))
-    pair[1].decoder = Decoder(pair[1].net, device)
+    pair[1].capture = GraphCapture(pair[1].net, device)
     return pair[0], pair[1]
 
 
@@ -50,9 +51,9 @@ def requests() -> list[Request]:
 @pytest.mark.parametrize("slots", [1, 5, 24])
 def test_recorded_steps_make_the_tokens_of_the_ordinary_ones_in_float32(slots):
     plain, recorded = engines(torch.float32)
-    names = [name for name, _ in recorded.decoder.forwards]
+    names = [name for name, _ in recorded.capture.forwards]
     assert recorded.generate(requests(), slots) == plain.generate(requests(), slots)
-    assert [name for name, _ in recorded.decoder.forwards] == names  # nothing was given up
+    assert [name for name, _ in recorded.capture.forwards] == names  # nothing was given up
 
 
 def test_the_fused_kernels_are_those_in_use_and_survive_their_check_in_bfloat16():
@@ -60,14 +61,14 @@ def test_the_fused_kernels_are_those_in_use_and_survive_their_check_in_bfloat16(
     if not triton_kernels.usable(recorded.device):
         pytest.skip("Triton is not installed, or the card is older than Ampere")
     recorded.generate(requests(), 8)
-    assert [name for name, _ in recorded.decoder.forwards] == ["the fused kernels", "torch's kernels"]
+    assert [name for name, _ in recorded.capture.forwards] == ["the fused kernels", "torch's kernels"]
 
 
 def test_without_the_fused_kernels_recordings_work_too():
     plain, recorded = engines(torch.float32)
-    recorded.decoder.forwards = recorded.decoder.forwards[-1:]
+    recorded.capture.forwards = recorded.capture.forwards[-1:]
     assert recorded.generate(requests(), 4) == plain.generate(requests(), 4)
-    assert len(recorded.decoder.forwards) == 1
+    assert len(recorded.capture.forwards) == 1
 
 
 def test_attention_of_variable_length_passes_its_trial():
@@ -81,7 +82,7 @@ def test_quantised_weights_answer_on_the_gpu(checkpoint_dir, quantize):
     dolly = load(checkpoint_dir, "cuda:0", "fp32", quantize=quantize)
     settings = GenerationSettings().updated({"max_new_tokens": 30, "do_sample": False})
     prompts = [Prompt("Name a colour."), Prompt("Why?")]
-    decoder, dolly.responder.engine.decoder = dolly.responder.engine.decoder, None
-    expected = [updates[0].text for updates in dolly.responder.answers(prompts, settings, 2)]
-    dolly.responder.engine.decoder = decoder
-    assert [updates[0].text for updates in dolly.responder.answers(prompts, settings, 2)] == expected
+    decoder, dolly.text_generator.engine.capture = dolly.text_generator.engine.capture, None
+    expected = [updates[0].text for updates in dolly.text_generator.generate(prompts, settings, 2)]
+    dolly.text_generator.engine.capture = decoder
+    assert [updates[0].text for updates in dolly.text_generator.generate(prompts, settings, 2)] == expected

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from modelscope_dolly.engine.gpt_neox import KVCache, NeoX, Rotary, Step
+from modelscope_dolly.engine.gpt_neox import GPTNeoX
+from modelscope_dolly.engine.kv_cache import KVCache
+from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.kernels import cpu as kernels
 from tests.support.models import our_network, quantised, random_model
 
@@ -32,7 +34,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 class Tokens:
     """Arguments of kernels.attend."""
 
-    mixed: torch.Tensor
+    qkv: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
     slots: torch.Tensor
@@ -43,10 +45,10 @@ class Tokens:
     def attend(self, level: int | None = None) -> torch.Tensor:
         """Into a copy of the cache, which is kept."""
         self.written = self.keys.clone(), self.values.clone()
-        return kernels.attend(self.mixed, self.cos, self.sin, self.slots, self.positions, *self.written, level)
+        return kernels.attend(self.qkv, self.cos, self.sin, self.slots, self.positions, *self.written, level)
 
     def rows(self, begin: int, end: int) -> Tokens:
-        parts = (getattr(self, name)[begin:end] for name in ("mixed", "cos", "sin", "slots", "positions"))
+        parts = (getattr(self, name)[begin:end] for name in ("qkv", "cos", "sin", "slots", "positions"))
         return Tokens(*parts, self.keys, self.values)
 
 
@@ -61,8 +63,8 @@ def tokens(shape, places: list[tuple[int, int]], slots: int = 4, length: int = 4
         keys[slot, :, position] = values[slot, :, position] = float("nan")
         behind = max(p for s, p in places if s == slot)
         keys[slot, :, behind:] = values[slot, :, behind:] = float("nan")
-    mixed = random(count, heads, 3, width, seed=4).to(dtype)
-    return Tokens(mixed, cos[:, None, None], sin[:, None, None], *where.unbind(1), keys, values)
+    qkv = random(count, heads, 3, width, seed=4).to(dtype)
+    return Tokens(qkv, cos[:, None, None], sin[:, None, None], *where.unbind(1), keys, values)
 
 
 def contiguous(made: Tokens) -> Tokens:
@@ -73,7 +75,7 @@ def contiguous(made: Tokens) -> Tokens:
 def definition(made: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Result, keys and values in float64; what is written is rounded to the number type of the cache."""
     rotated = made.cos.shape[-1]
-    query, key, value = (part.double() for part in made.mixed.unbind(2))
+    query, key, value = (part.double() for part in made.qkv.unbind(2))
     for part in (query, key):
         turned = part[..., :rotated].clone()
         swapped = turned.roll(rotated // 2, -1)
@@ -83,9 +85,9 @@ def definition(made: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     values[made.slots, :, made.positions] = value.to(values.dtype)
     rows = []
     for one, slot, position in zip(query, made.slots.tolist(), made.positions.tolist(), strict=True):
-        seen, mixed = (cache[slot, :, : position + 1].double() for cache in (keys, values))
+        seen, qkv = (cache[slot, :, : position + 1].double() for cache in (keys, values))
         weights = (torch.einsum("hd,hld->hl", one, seen) / math.sqrt(one.shape[1])).softmax(-1)
-        rows.append(torch.einsum("hl,hld->hd", weights, mixed).flatten())
+        rows.append(torch.einsum("hl,hld->hd", weights, qkv).flatten())
     return torch.stack(rows), keys, values
 
 
@@ -162,7 +164,7 @@ def test_scores_of_any_size(level):
     """Far apart, so that one place takes all; equal; and too small to be told from 0."""
     for scale in (1e4, 0.0, 1e-30):
         made = contiguous(tokens((2, 16, 4), DECODE))
-        made.mixed[:, :, 0] *= scale
+        made.qkv[:, :, 0] *= scale
         torch.testing.assert_close(made.attend(level).double(), definition(made)[0], rtol=1e-6, atol=2e-6)
 
 
@@ -172,7 +174,7 @@ def test_scores_of_any_size(level):
 def test_what_is_not_finite_is_not_hidden_and_spoils_its_own_row(bad, part, level):
     made = contiguous(tokens((2, 32, 8), DECODE))
     good = made.attend(level)
-    made.mixed[1, 0, part, 5] = bad
+    made.qkv[1, 0, part, 5] = bad
     out = made.attend(level)
     assert not out[1, :32].isfinite().all()
     assert torch.equal(out[1, 32:], good[1, 32:]) and torch.equal(out[[0, 2, 3]], good[[0, 2, 3]])
@@ -196,10 +198,10 @@ def test_memory_of_the_wrong_size_or_type_never_reaches_the_library():
 
     short = slice(0, 3)
     wrong = [
-        changed(mixed=lambda t: t.double()),
-        changed(mixed=lambda t: t[..., :8].contiguous()),
-        changed(mixed=lambda t: t[:, :, :2].contiguous()),
-        changed(mixed=lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)),
+        changed(qkv=lambda t: t.double()),
+        changed(qkv=lambda t: t[..., :8].contiguous()),
+        changed(qkv=lambda t: t[:, :, :2].contiguous()),
+        changed(qkv=lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)),
         changed(cos=lambda t: t.double()),
         changed(cos=lambda t: t[short]),
         changed(sin=lambda t: t[..., :2].contiguous()),
@@ -225,7 +227,7 @@ def test_nothing_behind_the_cache_is_read_or_written(cache, level):
     """The cache ends where memory does: the page behind it may not be touched."""
     code = f"""
 import ctypes, mmap, torch
-from modelscope_dolly import kernels
+from modelscope_dolly.kernels import cpu as kernels
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def at_the_end(shape, dtype):
@@ -251,7 +253,7 @@ print("untouched")
 def test_a_nan_of_any_bits_stays_one_in_bfloat16(level):
     """Rounding must not carry over from all bits set into the sign."""
     made = contiguous(tokens((2, 16, 4), [(1, 3)], dtype=F32, cache=BF16))
-    made.mixed.view(torch.int32)[0, 1, 2, 7] = 0x7FFFFFFF
+    made.qkv.view(torch.int32)[0, 1, 2, 7] = 0x7FFFFFFF
     assert made.attend(level)[0, 16 + 7].isnan() and made.written[1][1, 1, 3, 7].isnan()
 
 
@@ -268,18 +270,16 @@ def test_what_is_left_to_torch(device, dtype, width, rotated):
 
 
 @torch.inference_mode()
-def steps(net: NeoX) -> tuple[torch.Tensor, KVCache]:
+def steps(net: GPTNeoX) -> tuple[torch.Tensor, KVCache]:
     """Logits of decode and extend steps over three sequences of unequal length."""
-    generator, cache = torch.Generator().manual_seed(5), KVCache(3, 64)
+    generator, cache = torch.Generator().manual_seed(5), net.new_cache(3, 64)
     lengths = [9, 1, 14]
     ids = torch.randint(0, 1024, (200,), generator=generator)
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    spans = tuple((slot, end - size, end) for slot, (size, end) in enumerate(zip(lengths, ends, strict=True)))
-    net(ids[:24], Step(torch.cat([torch.arange(size) for size in lengths]), spans=spans), cache)
-    found = [net(ids[30:33], Step(torch.tensor(lengths), length=15), cache)]
-    found.append(net(ids[40:48], Step.extend([(0, 10, 3), (1, 2, 1), (2, 15, 4)]), cache))
-    found.append(net(ids[50:51], Step.extend([(1, 3, 1)], last_only=True), cache))
-    found.append(net(ids[60:62], Step(torch.tensor([13, 4]), length=14), cache))
+    net(ids[:24], StepInput.prefill(lengths), cache)
+    found = [net(ids[30:33], StepInput.decode(lengths), cache)]
+    found.append(net(ids[40:48], StepInput.verify([(0, 10, 3), (1, 2, 1), (2, 15, 4)]), cache))
+    found.append(net(ids[50:51], StepInput.verify([(1, 3, 1)], last_only=True), cache))
+    found.append(net(ids[60:62], StepInput.decode([13, 4]), cache))
     return torch.cat(found), cache
 
 
@@ -302,11 +302,15 @@ def test_logits_are_those_of_torchs_attention(changes, monkeypatch):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_angles_stay_in_float32_whatever_the_number_type():
-    rotary = Rotary(random_model().config)
-    step = Step(torch.tensor([2000]), length=2001)
-    placed = step.on(torch.device("cpu"), rotary, BF16)
-    assert placed.compiled and torch.equal(placed.cos, rotary(torch.tensor([2000]), F32)[0])
+def test_angles_stay_in_float32_whatever_the_number_type(monkeypatch):
+    net, tables = our_network(random_model(num_hidden_layers=1)).to(BF16), []
+    attend = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda qkv, *others: tables.append(others[0]) or attend(qkv, *others))
+    with torch.inference_mode():
+        net(torch.tensor([5]), StepInput.decode([2000]), net.new_cache(1, 2048))
+    [cos] = tables
+    rotary = net.gpt_neox.layers[0].attention.rotary
+    assert cos.dtype == F32 and torch.equal(cos, rotary(torch.tensor([2000]), F32)[0])
 
 
 def test_bfloat16_is_as_close_to_float32_as_with_torchs_attention(monkeypatch):
@@ -322,21 +326,21 @@ def test_bfloat16_is_as_close_to_float32_as_with_torchs_attention(monkeypatch):
 @pytest.mark.parametrize(("method", "dtype"), [(None, F32), ("bf16", F32), ("int8", BF16), ("int4", BF16)])
 def test_the_cache_is_in_bfloat16_where_linear_layers_are_quantised(method, dtype, monkeypatch):
     net = our_network(random_model())
-    net = quantised(net, method) if method else net
-    assert all(part.dtype == dtype for layer in steps(net)[1]._layers.values() for part in layer)
-    if not method:
-        monkeypatch.setattr(kernels, "_library", lambda: None)
-        assert steps(net)[1]._layers[0][0].dtype == F32
+    assert all(
+        part.dtype == dtype
+        for layer in steps(quantised(net, method) if method else net)[1]._layers.values()
+        for part in layer
+    )
+    monkeypatch.setattr(kernels, "_library", lambda: None)
+    assert steps(quantised(net, method) if method else net)[1]._layers[0][0].dtype == F32
 
 
-def test_rounding_the_cache_is_small_beside_quantisation(monkeypatch):
+def test_rounding_the_cache_is_small_beside_quantisation():
     """Each alone: with both, a change too small to matter moves some activations from one int8 number to the next."""
     net = our_network(random_model(initializer_range=0.1))
     exact, eighth = steps(net)[0].log_softmax(-1), quantised(net, "int8")
-    layer = KVCache.layer
-    monkeypatch.setattr(KVCache, "layer", lambda self, index, like, dtype=None: layer(self, index, like, F32))
+    eighth.cache_dtype, net.cache_dtype = F32, BF16
     by_layers = steps(eighth)[0].log_softmax(-1)
-    monkeypatch.setattr(KVCache, "layer", lambda self, index, like, dtype=None: layer(self, index, like, BF16))
     by_cache = steps(net)[0].log_softmax(-1)
     layers, cache = ((exact.exp() * (exact - found)).sum(-1).mean().item() for found in (by_layers, by_cache))
     assert 0 < cache < 0.1 * layers, (cache, layers)

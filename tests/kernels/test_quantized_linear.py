@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modelscope_dolly.engine.gpt_neox import NeoX
+from modelscope_dolly.engine.gpt_neox import GPTNeoX
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.kernels import cpu as kernels
 from modelscope_dolly.kernels.quantized_linear import (
@@ -116,7 +116,7 @@ def test_a_batch_gives_each_what_it_would_get_alone(method):
 
 def test_all_linears_are_replaced_and_nothing_else():
     with torch.device("meta"):
-        net = NeoX(random_model().config)
+        net = GPTNeoX(random_model().config)
     names = {name for name, parameter in net.named_parameters() if is_linear(name, parameter.shape)}
     linears = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     assert names == linears and "embed_out.weight" in names

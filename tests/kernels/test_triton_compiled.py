@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it comes with tor
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
-    """Every launch of a decode step of 3b and 12b, compiled for capability 8.0 and 9.0 (support/compiled_kernels.py)."""
+    """Every launch of a decode step of 3b and 12b, for capability 8.0 and 9.0 (support/compiled_kernels.py)."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from modelscope_dolly.engine.gpt_neox import Attention, KVCache, Rotary, Step
+from modelscope_dolly.engine.gpt_neox import Attention
+from modelscope_dolly.engine.kv_cache import KVCache
+from modelscope_dolly.engine.rotary import Rotary
+from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.kernels import cpu as kernels
 from modelscope_dolly.kernels import quantized_linear as quantize
 from modelscope_dolly.kernels import triton_decode as triton_kernels
@@ -192,20 +195,20 @@ def turns(batch: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, tor
 def check_attend(heads: int, width: int, turned: int, length: int, positions: list[int], dtype: torch.dtype) -> None:
     """One slot more than answers; cache places that are not to be read hold what is no number."""
     batch = len(positions)
-    mixed, (cos, sin) = random(batch, heads, 3, width, dtype=dtype), turns(batch, turned, dtype)
+    qkv, (cos, sin) = random(batch, heads, 3, width, dtype=dtype), turns(batch, turned, dtype)
     keys, values = (random(batch + 1, heads, length, width, seed=seed, dtype=dtype) for seed in (1, 2))
     for slot, position in enumerate([*positions, 0]):
         keys[slot, :, max(position, 0) :], values[slot, :, max(position, 0) :] = float("nan"), float("nan")
     before = keys.clone(), values.clone()
     places = torch.tensor(positions, device=DEVICE)
-    found = triton_kernels.attend(mixed, cos, sin, keys, values, places)
+    found = triton_kernels.attend(qkv, cos, sin, keys, values, places)
     assert found.dtype == dtype and found.shape == (batch, heads * width)
 
-    wide = mixed.double()
+    wide = qkv.double()
     swapped = wide[..., :turned].roll(turned // 2, dims=-1) * sin[:, None, None].double()
     # The key as it is rounded, from a cache of one place: beside a tie it may be either of two numbers.
-    ones = [mixed.new_zeros(batch, heads, 1, width) for _ in range(2)]
-    triton_kernels.attend(mixed, cos, sin, *ones, torch.zeros_like(places))
+    ones = [qkv.new_zeros(batch, heads, 1, width) for _ in range(2)]
+    triton_kernels.attend(qkv, cos, sin, *ones, torch.zeros_like(places))
     wide[:, :, :2, :turned] = (wide[..., :turned] * cos[:, None, None].double() + swapped)[:, :, :2]
     for slot, position in enumerate(positions):
         count = min(max(position, 0), length)
@@ -217,7 +220,7 @@ def check_attend(heads: int, width: int, turned: int, length: int, positions: li
         near(found[slot].view(heads, width), exact, 5 * read.abs().amax(1))
         if 0 <= position < length:
             assert torch.equal(keys[slot, :, position], ones[0][slot, :, 0])
-            assert torch.equal(values[slot, :, position], mixed[slot, :, 2])
+            assert torch.equal(values[slot, :, position], qkv[slot, :, 2])
             keys[slot, :, position], values[slot, :, position] = before[0][slot, :, position], float("nan")
     for now, then in zip((keys, values), before, strict=True):  # nothing else was written
         assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
@@ -257,27 +260,26 @@ def test_attend_is_the_attention_of_the_network(size, heads, share, dtype):
     exact.load_state_dict(attention.state_dict())
     caches = [KVCache(4, 96) for _ in range(3)]
     prompts = random(1 + 70 + 33, size, seed=8, dtype=dtype)
-    prefill = Step(torch.cat([torch.arange(n) for n in (1, 70, 33)]), spans=((0, 0, 1), (1, 1, 71), (2, 71, 104)))
+    prefill = StepInput.prefill([1, 70, 33])
     attention(prompts, prefill, caches[0])
     for cache, wide in ((caches[1], dtype), (caches[2], torch.float64)):
-        for mine, theirs in zip(cache.layer(0, prompts.new_zeros(1, heads, size // heads, dtype=wide)),
-                                caches[0].layer(0, prompts), strict=True):  # fmt: skip
+        for mine, theirs in zip(cache.layer_cache(0, prompts.new_zeros(1, heads, size // heads, dtype=wide)),
+                                caches[0].layer_cache(0, prompts), strict=True):  # fmt: skip
             mine.copy_(theirs)
     errors = []
     for number in range(3):
         positions = torch.tensor([1, 70, 33]) + number
         x = random(3, size, seed=20 + number, dtype=dtype)
-        step = Step(positions, length=int(positions.max()) + 1)
-        usual = attention(x, step, caches[0])
-        reference = exact(x.double(), Step(positions, length=step.length), caches[2])
-        mixed = triton_kernels.linear(x, attention.query_key_value.weight, None, attention.query_key_value.bias)
+        usual = attention(x, StepInput.decode(positions.tolist()), caches[0])
+        reference = exact(x.double(), StepInput.decode(positions.tolist()), caches[2])
+        qkv = triton_kernels.linear(x, attention.query_key_value.weight, None, attention.query_key_value.bias)
         cos, sin = (table.flatten(1) for table in rotary(positions.to(DEVICE), dtype))
-        keys, values = caches[1].layer(0, prompts)
-        attended = triton_kernels.attend(mixed.view(3, heads, 3, -1), cos, sin, keys, values, positions.to(DEVICE))
+        keys, values = caches[1].layer_cache(0, prompts)
+        attended = triton_kernels.attend(qkv.view(3, heads, 3, -1), cos, sin, keys, values, positions.to(DEVICE))
         found = triton_kernels.linear(attended, attention.dense.weight, None, attention.dense.bias)
         if dtype == torch.float32:
             torch.testing.assert_close(found, usual, rtol=1e-5, atol=1e-5)
-            for mine, theirs in zip((keys, values), caches[0].layer(0, prompts), strict=True):
+            for mine, theirs in zip((keys, values), caches[0].layer_cache(0, prompts), strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
         errors.append([(out.double() - reference).norm() for out in (found, usual)])
     ours, theirs = torch.tensor(errors).norm(dim=0)
@@ -285,13 +287,13 @@ def test_attend_is_the_attention_of_the_network(size, heads, share, dtype):
 
 
 def test_attention_of_an_answer_does_not_depend_on_the_others():
-    mixed, (cos, sin) = random(4, 2, 3, 80), turns(4, 20, torch.float32)
+    qkv, (cos, sin) = random(4, 2, 3, 80), turns(4, 20, torch.float32)
     positions = torch.tensor([5, 90, 64, 0], device=DEVICE)
     caches = [[random(4, 2, 96, 80, seed=seed) for seed in (1, 2)] for _ in range(2)]
-    together = triton_kernels.attend(mixed, cos, sin, *caches[0], positions)
+    together = triton_kernels.attend(qkv, cos, sin, *caches[0], positions)
     for slot in range(4):
         row = slice(slot, slot + 1)
-        alone = triton_kernels.attend(mixed[row], cos[row], sin[row], *(t[row] for t in caches[1]), positions[row])
+        alone = triton_kernels.attend(qkv[row], cos[row], sin[row], *(t[row] for t in caches[1]), positions[row])
         assert torch.equal(alone[0], together[slot])
 
 
@@ -313,7 +315,7 @@ def good() -> dict[str, dict[str, torch.Tensor]]:
         "int4": {"x": x, "weight": stored["w_int4"].to(DEVICE), "scales": stored["w_scale"].to(DEVICE)},
         "norms": {"x": x, "first": norm[0], "second": norm[1]},
         "attention": {
-            "mixed": random(2, 2, 3, 40), "cos": cos, "sin": sin, "keys": random(2, 2, 9, 40),
+            "qkv": random(2, 2, 3, 40), "cos": cos, "sin": sin, "keys": random(2, 2, 9, 40),
             "values": random(2, 2, 9, 40), "positions": torch.tensor([0, 1], device=DEVICE),
         },
     }  # fmt: skip
@@ -334,7 +336,7 @@ WRONG = {
         "second": [nn.LayerNorm(200, bias=False), nn.LayerNorm(200).half(), nn.LayerNorm(1)],
     },
     "attention": {
-        "mixed": [(3, 2, 3, 40), (2, 2, 2, 40), (2, 2, 3, 41), torch.bfloat16, "turned"],
+        "qkv": [(3, 2, 3, 40), (2, 2, 2, 40), (2, 2, 3, 41), torch.bfloat16, "turned"],
         "cos": [(2, 9), (1, 10), (2, 42), torch.float16, "turned"],
         "keys": [(1, 2, 9, 40), (2, 3, 9, 40), (2, 2, 8, 40), (2, 2, 9, 41), torch.bfloat16, "turned"],
         "positions": [(3,), torch.int32],
@@ -362,7 +364,7 @@ def test_what_does_not_fit_is_refused_in_one_line(what, name, how):
     call(**given)
     with pytest.raises(ValueError, match="do not fit each other") as caught:
         call(**{**given, name: spoilt(given[name], how)})
-    assert "\n" not in str(caught.value) and ("x " in str(caught.value) or "mixed " in str(caught.value))
+    assert "\n" not in str(caught.value) and ("x " in str(caught.value) or "qkv " in str(caught.value))
 
 
 def test_what_lies_elsewhere_is_refused():
@@ -388,7 +390,7 @@ def test_usable_from_compute_capability_8_on(monkeypatch, capability, expected):
 def test_without_triton_the_module_is_imported_and_not_usable():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from modelscope_dolly import triton_kernels as kernels\n"
+        "import torch; from modelscope_dolly.kernels import triton_decode as kernels\n"
         "torch.cuda.get_device_capability = lambda device: (9, 0)\n"
         "assert not kernels.usable(torch.device('cuda'))\n"
         "try: kernels.linear(torch.zeros(1, 8), torch.zeros(4, 8))\n"

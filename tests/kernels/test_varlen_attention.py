@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modelscope_dolly.engine.engine import Request
 from modelscope_dolly.engine.sampling import Sampling
+from modelscope_dolly.engine.sequence import Request
 from modelscope_dolly.kernels import varlen_attention as varlen
 from tests.support.models import our_engine
 

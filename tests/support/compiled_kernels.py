@@ -80,19 +80,19 @@ def step(shape: str, rows: int, dtype: torch.dtype, kinds: tuple[str, ...] = (),
     norm = nn.LayerNorm(size, device="meta", dtype=dtype)
     triton_kernels.two_norms(empty(rows, size, dtype=dtype), norm, norm)
     width = size // heads
-    mixed, turned = empty(rows, heads, 3, width, dtype=dtype), empty(rows, width // 4, dtype=dtype)
+    qkv, turned = empty(rows, heads, 3, width, dtype=dtype), empty(rows, width // 4, dtype=dtype)
     cache = empty(rows, heads, 768, width, dtype=dtype)
-    triton_kernels.attend(mixed, turned, turned, cache, cache, empty(rows, dtype=torch.int64))
+    triton_kernels.attend(qkv, turned, turned, cache, cache, empty(rows, dtype=torch.int64))
 
 
 def smallest() -> None:
     """Whole numbers that are 1 become constants of the code."""
     for kind in KINDS:
         linear(1, 1, 1, kind, torch.bfloat16, gelu=True, add=True)
-    norm, mixed = nn.LayerNorm(1, device="meta", dtype=torch.float32), empty(1, 1, 3, 2, dtype=torch.float32)
+    norm, qkv = nn.LayerNorm(1, device="meta", dtype=torch.float32), empty(1, 1, 3, 2, dtype=torch.float32)
     triton_kernels.two_norms(empty(1, 1, dtype=torch.float32), norm, norm)
     turned, cache = empty(1, 2, dtype=torch.float32), empty(1, 1, 1, 2, dtype=torch.float32)
-    triton_kernels.attend(mixed, turned, turned, cache, cache, empty(1, dtype=torch.int64))
+    triton_kernels.attend(qkv, turned, turned, cache, cache, empty(1, dtype=torch.int64))
 
 
 def source(kernel, values: tuple, constants: dict) -> ASTSource:

@@ -14,9 +14,12 @@ from transformers import GPTNeoXForCausalLM
 
 from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.checkpoint.reader import open_checkpoint
-from modelscope_dolly.engine.engine import Engine, Request
-from modelscope_dolly.engine.gpt_neox import KVCache, NeoX, Step
+from modelscope_dolly.engine.engine import Engine
+from modelscope_dolly.engine.gpt_neox import GPTNeoX
+from modelscope_dolly.engine.kv_cache import KVCache
 from modelscope_dolly.engine.sampling import Sampling
+from modelscope_dolly.engine.sequence import Request
+from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.errors import CheckpointError
 from modelscope_dolly.load import load_network
 from modelscope_dolly.prompt import CONTROL_KEYS
@@ -125,7 +128,7 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> NeoX:
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> GPTNeoX:
     """The engine's network with the weights of a directory, on the CPU."""
     return load_network(open_checkpoint(directory), dtype, {"": "cpu"})
 
@@ -141,13 +144,13 @@ def refusal(directory: Path, *parts: str) -> str:
     return message
 
 
-def assert_same_network(net: NeoX, oracle: GPTNeoXForCausalLM, prompt: list[int], tokens: int = 12) -> None:
+def assert_same_network(net: GPTNeoX, oracle: GPTNeoXForCausalLM, prompt: list[int], tokens: int = 12) -> None:
     """Equal logits and equal greedy tokens as transformers' own network, which here runs without a cache."""
     ids = list(prompt)
     with torch.inference_mode():
         for _ in range(tokens):
             expected = oracle(input_ids=torch.tensor([ids])).logits[0, -1].float()
-            step = Step(torch.arange(len(ids)), spans=((0, 0, len(ids)),))
+            step = StepInput.prefill([len(ids)])
             found = net(torch.tensor(ids), step, KVCache(1, len(ids)))[0]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             ids.append(int(expected.argmax()))

@@ -6,8 +6,11 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from modelscope_dolly.engine.engine import Engine
-from modelscope_dolly.engine.gpt_neox import KVCache, NeoX, Step
+from modelscope_dolly.engine.gpt_neox import GPTNeoX
+from modelscope_dolly.engine.speculative.decoding import SpeculativeDecoding
+from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.kernels.quantized_linear import PackedLinear, replace_linears
+from modelscope_dolly.load import cache_dtype
 
 #: A shape for `dolly bench`.
 TINY = "64x2x4"
@@ -36,20 +39,21 @@ def random_model(seed: int = 0, **changes) -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(tiny_config(**changes)).eval()
 
 
-def our_network(model: GPTNeoXForCausalLM) -> NeoX:
+def our_network(model: GPTNeoXForCausalLM) -> GPTNeoX:
     """The engine's network with the same weights."""
     with torch.device("meta"):
-        net = NeoX(model.config)
+        net = GPTNeoX(model.config)
     state = {name.replace("lm_head", "embed_out"): tensor for name, tensor in model.state_dict().items()}
     net.load_state_dict(state, assign=True, strict=True)
     return net.eval()
 
 
-def quantised(net: NeoX, method: str) -> NeoX:
+def quantised(net: GPTNeoX, method: str) -> GPTNeoX:
     """A quantised copy of a network."""
     with torch.device("meta"):
-        copy = NeoX(net.config)
+        copy = GPTNeoX(net.config)
     replace_linears(copy, method)
+    copy.cache_dtype = cache_dtype(copy, method)
     for name, tensor in net.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         module = copy.get_submodule(owner)
@@ -61,15 +65,14 @@ def quantised(net: NeoX, method: str) -> NeoX:
 
 
 def our_engine(model: GPTNeoXForCausalLM) -> Engine:
-    return Engine(our_network(model), torch.device("cpu"), model.config.max_position_embeddings)
+    window = model.config.max_position_embeddings
+    return Engine(our_network(model), torch.device("cpu"), window, SpeculativeDecoding)
 
 
-def logits(net: NeoX, prompts: list[torch.Tensor]) -> torch.Tensor:
+def logits(net: GPTNeoX, prompts: list[torch.Tensor]) -> torch.Tensor:
     """Logits of the last token of each prompt, all in one pass."""
-    ends = torch.tensor([len(ids) for ids in prompts]).cumsum(0).tolist()
-    spans = tuple((slot, end - len(ids), end) for slot, (ids, end) in enumerate(zip(prompts, ends, strict=True)))
-    positions = torch.cat([torch.arange(len(ids)) for ids in prompts])
-    return net(torch.cat(prompts), Step(positions, spans=spans), KVCache(len(prompts), 64))
+    step = StepInput.prefill([len(ids) for ids in prompts])
+    return net(torch.cat(prompts), step, net.new_cache(len(prompts), 64))
 
 
 def prompts(count: int = 6) -> list[torch.Tensor]:

@@ -1,123 +1,102 @@
-"""The guesses of one run: which of them each decode step verifies, and what is learnt from it."""
+"""Speculative decoding of one run: which draft tokens each decode step verifies, and what is learnt from it.
+
+A decode step reads all weights, so that a step over a few tokens takes about as long as a step over one where memory is
+the limit. Draft tokens come from the text so far (prompt_lookup.py) or from a smaller network (draft_model.py). The
+engine draws every token from the network's own logits and keeps a draft token only if it is the token drawn (Leviathan
+et al. 2023, arXiv:2211.17192, with coupled draws instead of a rejection step).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, takewhile
-from operator import mul
-from typing import Protocol
+from itertools import takewhile
+from typing import NamedTuple
 
-from modelscope_dolly.engine.gpt_neox import NeoX
-from modelscope_dolly.engine.sampling import Sampler
-from modelscope_dolly.engine.speculative.draft_model import Drafted, DraftRun
-from modelscope_dolly.engine.speculative.prompt_lookup import MOST, Guesser, PassCost, plan
+from modelscope_dolly.engine.runner import Runner
+from modelscope_dolly.engine.scheduler import PREFILL_TOKENS
+from modelscope_dolly.engine.sequence import Sequence
+from modelscope_dolly.engine.speculative.draft_model import DraftJob, DraftModel, DraftRun, DraftState
+from modelscope_dolly.engine.speculative.policy import MAX_DRAFT_TOKENS, draft_lengths, expected_accepted
 
 
-class Answering(Protocol):
-    """A request in work, as far as guessing is concerned."""
+class Proposal(NamedTuple):
+    """Draft tokens of a proposer, and their acceptance probabilities."""
 
     ids: list[int]
-    sampler: Sampler
-    guesser: Guesser | None
-    drafted: Drafted
-
-    @property
-    def room(self) -> int: ...
+    probabilities: list[float]
 
 
-class Counts(Protocol):
-    """The counters of engine.RunStats that are kept here."""
-
-    guessed: int
-    accepted: int
-    draft_passes: int
-
-
-class Guessing:
-    """Decides, before each decode step of a run, what is guessed for each answer in work.
+class SpeculativeDecoding:
+    """The engine's `speculation`.
 
     Args:
-        net: verifies the guesses.
-        cost: of its passes.
-        stats: counts guesses, accepted ones and passes of the draft.
+        runner: of the run; its network verifies.
+        draft: a smaller network that proposes where a sequence's own proposer promises less.
     """
 
-    def __init__(self, net: NeoX, cost: PassCost, stats: Counts):
-        self._cost, self._stats, self._config = cost, stats, net.config
-        self._idle = 0  # steps since a guess was verified
-        self._from_draft: set[int] = set()  # places whose guesses of this step were drafted
-        self.draft: DraftRun | None = None
+    def __init__(self, runner: Runner, draft: DraftModel | None = None):
+        self._timer, self._vocabulary = runner.timer, runner.net.config.vocab_size
+        self._idle = 0  # steps since draft tokens were verified
+        self._draft = DraftRun(draft, runner, PREFILL_TOKENS) if draft else None
+        self._states: dict[int, DraftState] = {}  # by index of the sequence
+        self._from_draft: set[int] = set()  # indices of sequences whose tokens of this step are from the draft network
 
-    def guess(self, active: Sequence[Answering]) -> list[list[int]]:
-        """Ids that may follow in each slot, as many as are worth verifying: often none."""
-        found = [self._ready(one) for one in active]
-        counts, speed = plan([chances for _, chances in found], self._cost, self._idle)
-        guesses = [ids[:count] for (ids, _), count in zip(found, counts, strict=True)]
+    def may_propose(self, sequences: list[Sequence]) -> bool:
+        return self._draft is not None or any(sequence.proposer is not None for sequence in sequences)
+
+    def propose(self, sequences: list[Sequence]) -> list[list[int]]:
+        proposals = [self._ask(sequence) for sequence in sequences]
+        counts, speed = draft_lengths([proposal.probabilities for proposal in proposals], self._timer, self._idle)
+        drafts = [proposal.ids[:count] for proposal, count in zip(proposals, counts, strict=True)]
         self._from_draft.clear()
-        if self.draft is not None:
-            guesses = self._with_drafts(active, found, guesses, speed)
-        self._idle = 0 if any(guesses) else self._idle + 1
-        self._stats.guessed += sum(map(len, guesses))
-        return guesses
+        if self._draft is not None:
+            drafts = self._with_draft_model(self._draft, sequences, proposals, drafts, speed)
+        self._idle = 0 if any(drafts) else self._idle + 1
+        return drafts
 
-    def learn(self, place: int, one: Answering, before: int, guessed: Sequence[int]) -> None:
-        """The answer at `place` had `before` ids, and `guessed` was verified; what was drawn is in it now."""
-        if not guessed:
-            return
-        made = one.ids[before:]
-        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guessed, made, strict=False)))
-        self._stats.accepted += right
-        if place in self._from_draft:
-            one.drafted.learn(before, len(guessed), right)
+    def observe(self, sequence: Sequence, length: int, proposed: int, accepted: int) -> None:
+        if sequence.index in self._from_draft:
+            self._states[sequence.index].observe(length, proposed, accepted)
 
     def move(self, source: int, target: int) -> None:
-        """An answer has changed its slot."""
-        if self.draft is not None:
-            self.draft.cache.move(source, target)
+        if self._draft is not None:
+            self._draft.cache.move(source, target)
 
-    def _ready(self, one: Answering) -> tuple[list[int], list[float]]:
-        """What the answer's guesser says, without ids that the network does not have."""
-        most = min(MOST, one.room - 1)
-        if one.guesser is None or most < 1:
-            return [], []
-        ids, chances = one.guesser.guess(most)
-        ids = list(takewhile(lambda token: 0 <= token < self._config.vocab_size, ids[:most]))
-        return ids, chances[: len(ids)]
+    def _ask(self, sequence: Sequence) -> Proposal:
+        """What the sequence's proposer says, up to an id that the network does not have."""
+        limit = min(MAX_DRAFT_TOKENS, sequence.remaining - 1)
+        if sequence.proposer is None or limit < 1:
+            return Proposal([], [])
+        ids, probabilities = sequence.proposer.propose(limit)
+        ids = list(takewhile(lambda token: 0 <= token < self._vocabulary, ids[:limit]))
+        return Proposal(ids, probabilities[: len(ids)])
 
-    def _with_drafts(
-        self, active: Sequence[Answering], found: Sequence[tuple], guesses: list[list[int]], speed: float
-    ) -> list[list[int]]:
-        """Drafted tokens instead of `guesses`, which promise `speed`, where that promises more."""
-        assert self.draft is not None
-        offers = [chances for _, chances in found]
-        drafted = []
-        for place, one in enumerate(active):
-            chances = one.drafted.offer(min(MOST, one.room - 1))
-            if _expected(chances) > _expected(offers[place]):
-                offers[place] = chances
-                drafted.append(place)
-        if not drafted:
-            return guesses
-        draft_cost = self.draft.cost(len(drafted), self._cost, self._config)
-        counts, promised = plan(offers, self._cost, self._idle, drafted, draft_cost)
+    def _with_draft_model(
+        self, draft: DraftRun, sequences: list[Sequence], proposals: list[Proposal], drafts: list[list[int]],
+        speed: float,
+    ) -> list[list[int]]:  # fmt: skip
+        """The draft network's tokens instead of `drafts`, which promise `speed`, where that promises more."""
+        offers = [proposal.probabilities for proposal in proposals]
+        states = [self._states.setdefault(sequence.index, DraftState()) for sequence in sequences]
+        candidates = []
+        for place, (sequence, state) in enumerate(zip(sequences, states, strict=True)):
+            probabilities = state.offer(min(MAX_DRAFT_TOKENS, sequence.remaining - 1))
+            if expected_accepted(probabilities) > expected_accepted(offers[place]):
+                offers[place] = probabilities
+                candidates.append(place)
+        if not candidates:
+            return drafts
+        seconds = draft.seconds(len(candidates))
+        counts, promised = draft_lengths(offers, self._timer, self._idle, candidates, seconds)
         if promised <= speed:
-            counts = [0 if place in drafted else len(ids) for place, ids in enumerate(guesses)]
-        else:
-            guesses = [ids[:count] for (ids, _), count in zip(found, counts, strict=True)]
-        for place in drafted:
-            if not counts[place]:
-                active[place].drafted.refused()
-        places = [place for place in drafted if counts[place]]
-        if places:
-            wanted = [(place, one.ids, one.sampler, one.drafted, counts[place])
-                      for place, one in enumerate(active) if place in places]  # fmt: skip
-            for place, ids in zip(places, self.draft.guess(wanted), strict=True):
-                guesses[place] = ids
-                self._from_draft.add(place)
-            self._stats.draft_passes = self.draft.passes
-        return guesses
-
-
-def _expected(chances: Sequence[float]) -> float:
-    """How many guesses will be accepted, given the chance of each if those before it are right."""
-    return sum(accumulate(chances, mul))
+            counts = [0 if place in candidates else len(ids) for place, ids in enumerate(drafts)]
+        jobs = []
+        drafts = [proposal.ids[:count] for proposal, count in zip(proposals, counts, strict=True)]
+        for place in candidates:
+            if counts[place]:
+                jobs.append(DraftJob(place, sequences[place], states[place], counts[place]))
+                self._from_draft.add(sequences[place].index)
+            else:
+                states[place].decline()
+        for job, ids in zip(jobs, draft.propose(jobs) if jobs else [], strict=True):
+            drafts[job.slot] = ids
+        return drafts

@@ -1,164 +1,150 @@
-"""A smaller network of the family drafts tokens for the larger one to verify (Leviathan et al. 2023, arXiv:2211.17192).
+"""Draft tokens from a smaller network of the family (Leviathan et al. 2023, arXiv:2211.17192).
 
-Where tokens are sampled, the draft draws with the same dice as the network it drafts for (`Sampler.copy`): two
-networks that agree about the probabilities then draw the same token.
+Where tokens are sampled, the draft draws with the same random numbers as the network it drafts for (`Sampler.copy`):
+two networks that agree about the probabilities then draw the same token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from modelscope_dolly.engine.gpt_neox import KVCache, NeoX, Step
-from modelscope_dolly.engine.sampling import Sampler
-from modelscope_dolly.engine.speculative.prompt_lookup import PassCost, Rate
+from modelscope_dolly.engine.gpt_neox import GPTNeoX
+from modelscope_dolly.engine.runner import Runner
+from modelscope_dolly.engine.sequence import Sequence
+from modelscope_dolly.engine.speculative.policy import AcceptanceRate
+from modelscope_dolly.engine.step_input import StepInput
+from modelscope_dolly.engine.step_timer import StepTimer
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
 
-#: An answer whose drafts did not pay gets another one after so many passes, then after twice as many, and so on.
-_WAIT = 32
-#: How often a drafted token is right, until it is measured.
+#: A sequence whose drafts did not pay gets another one after so many steps, then after twice as many, and so on.
+_FIRST_WAIT = 32
+#: Acceptance rate of draft tokens, until it is measured.
 _PRIOR = 0.7
 
 
 @dataclass
-class Draft:
-    """A network that drafts, and what its passes cost; its vocabulary is that of the network it drafts for."""
+class DraftModel:
+    """A draft network, and what its steps take; its vocabulary is that of the network it drafts for."""
 
-    net: NeoX
-    cost: PassCost = field(default_factory=PassCost)
+    net: GPTNeoX
+    timer: StepTimer = field(default_factory=StepTimer)
 
 
 @dataclass
-class Drafted:
-    """What a run knows of the drafts of one answer.
+class DraftState:
+    """What a run knows of the drafts of one sequence.
 
     Attributes:
-        cached: tokens of the answer whose keys and values are in the draft's cache.
-        rate: how often a drafted token was right.
-        wait: passes until the next trial; wait_next: and until the one after it.
+        cached: tokens of the sequence whose keys and values are in the draft's cache.
+        rate: of accepted draft tokens.
+        wait: steps until the next trial; next_wait: and until the one after it.
     """
 
     cached: int = 0
-    rate: Rate = field(default_factory=lambda: Rate(_PRIOR))
+    rate: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(_PRIOR))
     wait: int = 0
-    wait_next: int = _WAIT
+    next_wait: int = _FIRST_WAIT
 
-    def offer(self, most: int) -> list[float]:
-        """Chances of `most` tokens that could be drafted now; none while it waits. Call it once a pass."""
+    def offer(self, limit: int) -> list[float]:
+        """Acceptance probabilities of `limit` tokens that could be drafted now; none while it waits. Once a step."""
         if self.wait:
             self.wait -= 1
             if self.wait:
                 return []
-            self.rate = Rate(_PRIOR)  # another chance
-        return [self.rate.value] * most
+            self.rate = AcceptanceRate(_PRIOR)
+        return [self.rate.value] * limit
 
-    def refused(self) -> None:
-        """Drafting did not promise to pay. If that is because its tokens were wrong, it waits."""
+    def decline(self) -> None:
+        """Drafting did not promise to pay. If that is because its tokens were rejected, it waits."""
         if self.rate.value < _PRIOR:
-            self.wait, self.wait_next = self.wait_next, 2 * self.wait_next
+            self.wait, self.next_wait = self.next_wait, 2 * self.next_wait
 
-    def learn(self, before: int, guessed: int, right: int) -> None:
-        """Of `guessed` tokens drafted behind the first `before`, the first `right` were right."""
-        for place in range(min(right + 1, guessed)):
-            self.rate.add(place < right)
-        if right == guessed:
-            self.wait_next = _WAIT
-        self.cached = before + min(right, guessed - 1)  # the last one was never fed
+    def observe(self, before: int, proposed: int, accepted: int) -> None:
+        """Of `proposed` tokens drafted behind the first `before`, the first `accepted` were kept."""
+        for place in range(min(accepted + 1, proposed)):
+            self.rate.add(place < accepted)
+        if accepted == proposed:
+            self.next_wait = _FIRST_WAIT
+        self.cached = before + min(accepted, proposed - 1)  # the last one was never fed
 
 
 @dataclass
-class DraftRun:
-    """The drafts of one run: its own cache, with the same slots as the run's.
+class DraftJob:
+    """Tokens to draft for one sequence."""
 
-    Attributes:
+    slot: int
+    sequence: Sequence
+    state: DraftState
+    count: int
+
+
+class DraftRun:
+    """The drafts of one run: their own cache, with the same slots as the run's.
+
+    Args:
         draft: the network.
-        forward: (ids, step, cache, draft) -> logits, a pass of it.
-        cache: its keys and values.
-        prefill_tokens: a pass over new prompts holds at most this many tokens, or one prompt.
+        runner: of the run.
+        prefill_tokens: a step over new prompts holds at most this many tokens, or one prompt.
     """
 
-    draft: Draft
-    forward: Callable[[list[int], Step, KVCache, Draft], torch.Tensor]
-    cache: KVCache
-    prefill_tokens: int
-    passes: int = 0
+    def __init__(self, draft: DraftModel, runner: Runner, prefill_tokens: int):
+        self.draft, self._runner, self._prefill_tokens = draft, runner, prefill_tokens
+        self.cache = draft.net.new_cache(runner.cache.slots, runner.cache.length)
 
-    def cost(self, answers: int, of_target: PassCost, target: GPTNeoXConfig) -> float:
-        """Seconds of a pass that drafts one token of each of `answers`; by the networks' sizes until it is measured."""
-        if self.draft.cost.largest:
-            return self.draft.cost(answers)
-        return of_target(answers) * _weights(self.draft.net.config) / _weights(target)
+    def seconds(self, sequences: int) -> float:
+        """Of a step that drafts one token for each of `sequences`; by the networks' sizes until it is measured."""
+        if self.draft.timer.largest:
+            return self.draft.timer.seconds(sequences)
+        share = _weights(self.draft.net.config) / _weights(self._runner.net.config)
+        return self._runner.timer.seconds(sequences) * share
 
-    def guess(self, wanted: Sequence[tuple[int, Sequence[int], Sampler, Drafted, int]]) -> list[list[int]]:
-        """Draft tokens for several answers together.
-
-        Args:
-            wanted: (slot, ids of prompt and answer, the answer's sampler, its state, tokens to draft) of each, by
-                slot.
-        """
-        guesses: list[list[int]] = [[] for _ in wanted]
-        dice = [sampler.copy() for _, _, sampler, _, _ in wanted]
-        logits = self._catch_up(wanted)
-        going = list(range(len(wanted)))
+    def propose(self, jobs: list[DraftJob]) -> list[list[int]]:
+        """Draft tokens for several sequences together, in the order of their slots."""
+        drafts: list[list[int]] = [[] for _ in jobs]
+        samplers = [job.sequence.sampler.copy() for job in jobs]
+        logits = self._catch_up(jobs)
+        active = list(range(len(jobs)))
         while True:
-            for place, row in zip(going, logits, strict=True):
-                guesses[place].append(dice[place].next(row))
-            going = [place for place in going if len(guesses[place]) < wanted[place][4]]
-            if not going:
-                return guesses
-            blocks = [(wanted[place][0], len(wanted[place][1]) + len(guesses[place]) - 1, 1) for place in going]
-            logits = self._pass([guesses[place][-1] for place in going], Step.extend(blocks))
+            for place, row in zip(active, logits, strict=True):
+                drafts[place].append(samplers[place].sample(row))
+            active = [place for place in active if len(drafts[place]) < jobs[place].count]
+            if not active:
+                return drafts
+            spans = [(jobs[place].slot, len(jobs[place].sequence.ids) + len(drafts[place]) - 1, 1) for place in active]
+            logits = self._forward([drafts[place][-1] for place in active], StepInput.verify(spans))
 
-    def _catch_up(self, wanted: Sequence[tuple]) -> list[torch.Tensor]:
-        """Feed what each answer has more than the cache -> the logits of its newest token."""
-        logits: dict[int, torch.Tensor] = {}
-        batches: list[list[int]] = []
+    def _catch_up(self, jobs: list[DraftJob]) -> list[torch.Tensor]:
+        """Feed what each sequence has more than the cache -> the logits [V] of its newest token."""
+        batches: list[list[DraftJob]] = []
         room = 0
-        for place, (_, ids, _, state, _) in enumerate(wanted):
-            new = len(ids) - state.cached
+        for job in jobs:
+            new = len(job.sequence.ids) - job.state.cached
             if not batches or new > room:
                 batches.append([])
-                room = self.prefill_tokens
-            batches[-1].append(place)
+                room = self._prefill_tokens
+            batches[-1].append(job)
             room -= new
-        for batch in batches:
-            fresh = [place for place in batch if not wanted[place][3].cached]
-            grown = [place for place in batch if wanted[place][3].cached]
-            for places, feed in ((fresh, self._prefill), (grown, self._extend)):
-                if places:
-                    logits.update(zip(places, feed([wanted[place] for place in places]), strict=True))
-        return [logits[place] for place in range(len(wanted))]
+        return [row for batch in batches for row in self._extend(batch)]
 
-    def _prefill(self, wanted: Sequence[tuple]) -> torch.Tensor:
+    def _extend(self, jobs: list[DraftJob]) -> torch.Tensor:
         tokens: list[int] = []
         spans = []
-        for slot, ids, _, state, _ in wanted:
-            spans.append((slot, len(tokens), len(tokens) + len(ids)))
-            tokens.extend(ids)
-            state.cached = len(ids)
-        positions = torch.cat([torch.arange(end - begin) for _, begin, end in spans])
-        return self._pass(tokens, Step(positions, spans=tuple(spans)))
+        for job in jobs:
+            spans.append((job.slot, job.state.cached, len(job.sequence.ids) - job.state.cached))
+            tokens.extend(job.sequence.ids[job.state.cached :])
+            job.state.cached = len(job.sequence.ids)
+        return self._forward(tokens, StepInput.verify(spans, last_only=True))
 
-    def _extend(self, wanted: Sequence[tuple]) -> torch.Tensor:
-        tokens: list[int] = []
-        blocks = []
-        for slot, ids, _, state, _ in wanted:
-            blocks.append((slot, state.cached, len(ids) - state.cached))
-            tokens.extend(ids[state.cached :])
-            state.cached = len(ids)
-        return self._pass(tokens, Step.extend(blocks, last_only=True))
-
-    def _pass(self, ids: list[int], step: Step) -> torch.Tensor:
-        self.passes += 1
-        return self.forward(ids, step, self.cache, self.draft)
+    def _forward(self, tokens: list[int], step: StepInput) -> torch.Tensor:
+        return self._runner.forward(self.draft.net, tokens, step, self.cache, self.draft.timer)
 
 
 def _weights(config: GPTNeoXConfig) -> int:
-    """About so many numbers are read in a pass."""
+    """About so many numbers are read in a step."""
     layer = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
     return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size

@@ -1,4 +1,4 @@
-/* Attention over the key/value cache for x86-64 CPUs, for tokens whose predecessors are in the cache; see kernels.py.
+/* Attention over the key/value cache for x86-64 CPUs, for tokens whose predecessors are in the cache; see ../cpu.py.
 
    For each of N new tokens, at a position of a slot: rotate query and key, write key and value into the cache, then
    softmax(query . keys / sqrt(D)) . values over the places 0 .. position of that slot. All keys are written before the
@@ -21,7 +21,7 @@ typedef struct {
     int64_t tokens, heads, width, turned; /* N, H, D (a multiple of 16), R: values of a head that are rotated (even) */
     int64_t slots, length;                /* of the cache */
     int bf16, cache_bf16;
-    const void *mixed;                    /* [N][H][3][D] query, key, value */
+    const void *qkv;                    /* [N][H][3][D] query, key, value */
     const float *cos, *sin;               /* [N][R], see rotate */
     const int64_t *slot, *position;       /* [N] */
     void *keys, *values;                  /* [slots][H][length][D] */
@@ -45,10 +45,10 @@ static void rotate(const Attend *a, int64_t token, const void *x, int64_t from, 
 static void remember(const Attend *a, int64_t token, int64_t head, float *scratch) {
     int64_t from = (token * a->heads + head) * 3 * a->width;
     int64_t to = ((a->slot[token] * a->heads + head) * a->length + a->position[token]) * a->width;
-    rotate(a, token, a->mixed, from + a->width, scratch);
+    rotate(a, token, a->qkv, from + a->width, scratch);
     for (int64_t i = 0; i < a->width; i++) {
         put_at(a->keys, a->cache_bf16, to + i, scratch[i]);
-        put_at(a->values, a->cache_bf16, to + i, value_at(a->mixed, a->bf16, from + 2 * a->width + i));
+        put_at(a->values, a->cache_bf16, to + i, value_at(a->qkv, a->bf16, from + 2 * a->width + i));
     }
 }
 
@@ -64,9 +64,9 @@ static void remember(const Attend *a, int64_t token, int64_t head, float *scratc
 /* Returns 0; 1 when there is no memory for the scores; 2 for a slot or position outside the cache, before anything is
    written. level: 1 or 2, at most dolly_level(). */
 int dolly_attend(int level, int bf16, int cache_bf16, int64_t tokens, int64_t heads, int64_t width, int64_t turned,
-                 int64_t slots, int64_t length, const void *mixed, const float *cos, const float *sin,
+                 int64_t slots, int64_t length, const void *qkv, const float *cos, const float *sin,
                  const int64_t *slot, const int64_t *position, void *keys, void *values, void *out, int threads) {
-    Attend a = {tokens, heads, width, turned, slots, length, bf16, cache_bf16, mixed, cos, sin, slot, position,
+    Attend a = {tokens, heads, width, turned, slots, length, bf16, cache_bf16, qkv, cos, sin, slot, position,
                 keys, values, out, 1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)width)))};
     int64_t last = 0;
     for (int64_t token = 0; token < tokens; token++) {

@@ -91,7 +91,7 @@ INLINE TARGET void NAME(head)(const Attend *a, int64_t token, int64_t head, floa
     const int64_t width = a->width, last = a->position[token];
     const int64_t from = (a->slot[token] * a->heads + head) * a->length * width, to = (token * a->heads + head) * width;
     float *scores = query + width;
-    rotate(a, token, a->mixed, to * 3, query);
+    rotate(a, token, a->qkv, to * 3, query);
     for (int64_t i = 0; i < width; i++) query[i] *= a->scale;
     NAME(score)(a, query, from, last, scores, bf16);
     float total = NAME(weigh)(scores, last);

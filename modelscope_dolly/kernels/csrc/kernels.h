@@ -1,4 +1,4 @@
-/* What kernels.c and attention.c share, beside the functions of vectors in vector.h. */
+/* What linear.c and attention.c share, beside the functions of vectors in vector.h. */
 
 #ifndef DOLLY_KERNELS_H
 #define DOLLY_KERNELS_H

@@ -1,25 +1,30 @@
-"""Decoding with guesses: the tokens of plain decoding whatever is guessed, and fewer passes where guesses are right."""
+"""Speculative decoding: the tokens of plain decoding whatever is proposed, and fewer steps where it is accepted."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from modelscope_dolly.engine.engine import Engine, Request, RunStats
+from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.sampling import Sampling, distribution
-from modelscope_dolly.engine.speculative.draft_model import Draft
-from modelscope_dolly.engine.speculative.prompt_lookup import MOST, PassCost, PromptLookup
+from modelscope_dolly.engine.sequence import Request, RunStats
+from modelscope_dolly.engine.speculative.decoding import SpeculativeDecoding
+from modelscope_dolly.engine.speculative.draft_model import DraftModel
+from modelscope_dolly.engine.speculative.policy import MAX_DRAFT_TOKENS
+from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
+from modelscope_dolly.engine.step_timer import StepTimer
 from tests.support.models import our_engine, our_network, random_model
 
 GREEDY = Sampling(do_sample=False)
 
 
-class Flat(PassCost):
-    """Passes of all sizes take the same time, so that every guess is verified."""
+class Flat(StepTimer):
+    """Steps of all sizes take the same time, so that every draft token is verified."""
 
     def __init__(self, seconds: float = 1.0):
         super().__init__()
@@ -30,20 +35,20 @@ class Flat(PassCost):
 
 
 class Fixed:
-    """A guesser that is always sure of itself; `next_ids` maps the ids so far and a number to that many guesses."""
+    """A proposer that is always sure of itself; `next_ids` maps the ids so far and a limit to draft tokens."""
 
     def __init__(self, prompt, next_ids):
         self.ids, self.next_ids = list(prompt), next_ids
 
-    def add(self, token: int) -> None:
+    def append(self, token: int) -> None:
         self.ids.append(token)
 
-    def guess(self, most: int):
-        ids = self.next_ids(self.ids, most)
+    def propose(self, limit: int):
+        ids = self.next_ids(self.ids, limit)
         return ids, [1.0] * len(ids)
 
 
-def guesser(next_ids):
+def proposer(next_ids):
     return lambda prompt: Fixed(prompt, next_ids)
 
 
@@ -53,7 +58,7 @@ def random_ids(length: int, seed: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def engine(oracle) -> Engine:
-    return replace(our_engine(oracle), cost=Flat())
+    return replace(our_engine(oracle), timer=Flat())
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def varied() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def plain(oracle, varied) -> list[list]:
-    """(id, finish reason) of each request's tokens, made alone and without guesses."""
+    """(id, finish reason) of each request's tokens, made alone and without draft tokens."""
     engine = our_engine(oracle)
     return [[(token.id, token.finish_reason) for token in engine.run([request])] for request in varied]
 
@@ -92,17 +97,17 @@ def tokens_of(engine: Engine, requests, slots: int, stats: RunStats | None = Non
     return found
 
 
-def guessing(requests, make) -> list[Request]:
-    return [replace(request, guesser=make(place)) for place, request in enumerate(requests)]
+def proposing(requests, make) -> list[Request]:
+    return [replace(request, proposer=make(place)) for place, request in enumerate(requests)]
 
 
 def knowing(requests, plain):
-    """Guesses what will come, and random ids beyond the end of the answer."""
+    """Proposes what will come, and random ids beyond the end of the answer."""
 
     def make(place):
         answer = [token for token, _ in plain[place]]
         begin = len(requests[place].ids)
-        return guesser(lambda ids, most: (answer[len(ids) - begin :] + [5] * most)[:most])
+        return proposer(lambda ids, most: (answer[len(ids) - begin :] + [5] * most)[:most])
 
     return make
 
@@ -129,55 +134,55 @@ def often_right(requests, plain):
 
 def noise(place):
     rng = random.Random(place)
-    return guesser(lambda ids, most: [rng.randrange(1024) for _ in range(most)])
+    return proposer(lambda ids, most: [rng.randrange(1024) for _ in range(most)])
 
 
-GUESSERS = {
+PROPOSERS = {
     "lookup": lambda requests, plain: lambda place: PromptLookup,
     "knowing": knowing,
     "often right": often_right,
     "random": lambda requests, plain: noise,
     "always wrong": lambda requests, plain: (
-        lambda place: guesser(
+        lambda place: proposer(
             lambda ids, most: [(token + 1) % 1024 for token in knowing(requests, plain)(place)(ids).next_ids(ids, most)]
         )
     ),
-    "too many": lambda requests, plain: lambda place: guesser(lambda ids, most: [1] * (most + 50)),
-    "not ids": lambda requests, plain: lambda place: guesser(lambda ids, most: [3, 1024, -1, 10**9][:most]),
+    "too many": lambda requests, plain: lambda place: proposer(lambda ids, most: [1] * (most + 50)),
+    "not ids": lambda requests, plain: lambda place: proposer(lambda ids, most: [3, 1024, -1, 10**9][:most]),
 }
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
-@pytest.mark.parametrize("name", GUESSERS)
-def test_any_guesser_gives_the_tokens_of_plain_decoding(engine, varied, plain, name, slots):
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_any_proposer_gives_the_tokens_of_plain_decoding(engine, varied, plain, name, slots):
     stats = RunStats()
-    requests = guessing(varied, GUESSERS[name](varied, plain))
+    requests = proposing(varied, PROPOSERS[name](varied, plain))
     assert tokens_of(engine, requests, slots, stats) == plain
-    assert stats.guessed > 0
+    assert stats.proposed > 0
     assert stats.decode_tokens == sum(map(len, plain)) - len(plain)
     if name in ("random", "always wrong", "not ids"):
-        assert stats.accepted <= 0.02 * stats.guessed
+        assert stats.accepted <= 0.02 * stats.proposed
     if name == "always wrong":
         assert stats.accepted == 0
 
 
-def test_requests_with_and_without_guessers_share_a_batch(engine, varied, plain):
-    requests = [one if place % 2 else replace(one, guesser=PromptLookup) for place, one in enumerate(varied)]
+def test_requests_with_and_without_proposers_share_a_batch(engine, varied, plain):
+    requests = [one if place % 2 else replace(one, proposer=PromptLookup) for place, one in enumerate(varied)]
     assert tokens_of(engine, requests, slots=5) == plain
 
 
-def test_right_guesses_save_passes(engine, varied, plain):
+def test_accepted_draft_tokens_save_steps(engine, varied, plain):
     stats = RunStats()
     [place] = [i for i, answer in enumerate(plain) if len(answer) == max(map(len, plain))][:1]
-    tokens_of(engine, guessing(varied, knowing(varied, plain))[place : place + 1], 1, stats)
+    tokens_of(engine, proposing(varied, knowing(varied, plain))[place : place + 1], 1, stats)
     made = len(plain[place]) - 1
-    assert made > 2 * MOST
-    assert stats.decode_steps == -(-made // (MOST + 1))
+    assert made > 2 * MAX_DRAFT_TOKENS
+    assert stats.decode_steps == -(-made // (MAX_DRAFT_TOKENS + 1))
     assert stats.accepted == made - stats.decode_steps
-    assert stats.passes == stats.decode_steps + 1
+    assert stats.steps == stats.decode_steps + 1
 
 
-def test_no_guess_reaches_beyond_the_last_token_of_an_answer(engine):
+def test_no_draft_reaches_beyond_the_last_token_of_an_answer(engine):
     asked: list[int] = []
 
     def watched(ids, most):
@@ -187,22 +192,22 @@ def test_no_guess_reaches_beyond_the_last_token_of_an_answer(engine):
     sizes = []
     hook = engine.net.register_forward_pre_hook(lambda net, inputs: sizes.append(len(inputs[0])))
     try:
-        engine.generate([Request([1, 2, 3], 6, GREEDY, guesser=guesser(watched))])
+        engine.generate([Request([1, 2, 3], 6, GREEDY, proposer=proposer(watched))])
     finally:
         hook.remove()
     assert max(asked) == 4  # one is made by prefill, one by the step itself
     assert max(sizes[1:]) == 5 and sizes[-1] == 1
 
 
-def test_an_answer_may_fill_the_window_with_guesses(oracle, engine):
+def test_an_answer_may_fill_the_window_with_draft_tokens(oracle, engine):
     ids = random_ids(2000, 8)
     whole = our_engine(oracle).generate([Request(ids, 48, GREEDY)])
-    seen = guesser(lambda ids, most: (whole[0] + [1] * 99)[len(ids) - 2000 :][:most])
-    for make in (seen, guesser(lambda ids, most: [1] * most)):
-        assert engine.generate([Request(ids, 48, GREEDY, guesser=make)]) == whole
+    seen = proposer(lambda ids, most: (whole[0] + [1] * 99)[len(ids) - 2000 :][:most])
+    for make in (seen, proposer(lambda ids, most: [1] * most)):
+        assert engine.generate([Request(ids, 48, GREEDY, proposer=make)]) == whole
 
 
-def test_the_watcher_sees_each_token_once_and_ends_the_answer_within_a_step(engine, varied, plain):
+def test_on_token_sees_each_token_once_and_ends_the_answer_within_a_step(engine, varied, plain):
     place = max(range(0, len(varied), 6), key=lambda i: len(plain[i]))
     seen: list[int] = []
 
@@ -210,7 +215,7 @@ def test_the_watcher_sees_each_token_once_and_ends_the_answer_within_a_step(engi
         seen.append(token)
         return len(seen) == 7
 
-    requests = guessing([replace(varied[place], watch=watch)], lambda _: knowing(varied, plain)(place))
+    requests = proposing([replace(varied[place], on_token=watch)], lambda _: knowing(varied, plain)(place))
     tokens = list(engine.run(requests))
     assert [token.id for token in tokens] == seen == [token for token, _ in plain[place]][:7]
     assert [token.finish_reason for token in tokens] == [None] * 6 + ["stop"]
@@ -220,8 +225,8 @@ def test_tokens_of_a_step_are_drawn_as_they_are_asked_for(engine, varied, plain)
     """A reader who leaves in the middle of a step costs no further draw, and the engine stays usable."""
     place = max(range(0, len(varied), 6), key=lambda i: len(plain[i]))
     seen: list[int] = []
-    watched = replace(varied[place], watch=lambda token: seen.append(token) or False)
-    run = engine.run(guessing([watched], lambda _: knowing(varied, plain)(place)))
+    watched = replace(varied[place], on_token=lambda token: seen.append(token) or False)
+    run = engine.run(proposing([watched], lambda _: knowing(varied, plain)(place)))
     for _ in range(5):
         next(run)
     run.close()
@@ -231,7 +236,7 @@ def test_tokens_of_a_step_are_drawn_as_they_are_asked_for(engine, varied, plain)
 
 
 def test_threads_and_interleaved_runs_do_not_disturb_each_other(engine, varied, plain):
-    requests = guessing(varied, lambda _: PromptLookup)
+    requests = proposing(varied, lambda _: PromptLookup)
     runs = [engine.run(requests, slots) for slots in (2, 5)]
     found = [[[] for _ in varied] for _ in runs]
     going = [0, 1]
@@ -249,13 +254,13 @@ def test_threads_and_interleaved_runs_do_not_disturb_each_other(engine, varied, 
 
 
 def test_the_distribution_under_sampling_is_that_of_the_network():
-    """Pearson's chi-square over the second and third token of many seeds, with guesses that are sometimes right."""
+    """Pearson's chi-square over the second and third token of many seeds; some draft tokens are accepted."""
     model = random_model(seed=3, vocab_size=8, initializer_range=0.15)
-    engine = replace(our_engine(model), cost=Flat())
+    engine = replace(our_engine(model), timer=Flat())
     prompt, sampling = [1, 2, 3], Sampling(top_p=0.9)
     seeds = 3000
     requests = [
-        Request(prompt, 3, replace(sampling, seed=seed), guesser=guesser(lambda ids, most: [4, 2][:most]))
+        Request(prompt, 3, replace(sampling, seed=seed), proposer=proposer(lambda ids, most: [4, 2][:most]))
         for seed in range(seeds)
     ]
     answers = engine.generate(requests, slots=100)
@@ -287,8 +292,17 @@ def probabilities(model, ids: list[int], sampling: Sampling) -> dict[int, float]
 # ---- a draft network
 
 
-def with_draft(oracle, draft, cost: PassCost | None = None) -> Engine:
-    return replace(our_engine(oracle), cost=Flat(), draft=Draft(our_network(draft), cost or Flat(0.0)))
+def with_draft(oracle, draft, timer: StepTimer | None = None) -> Engine:
+    model = DraftModel(our_network(draft), timer or Flat(0.0))
+    return replace(our_engine(oracle), timer=Flat(), speculation=partial(SpeculativeDecoding, draft=model))
+
+
+def draft_steps(engine: Engine) -> list[int]:
+    """Tokens of each step of the engine's draft network from now on."""
+    steps: list[int] = []
+    net = engine.speculation.keywords["draft"].net
+    net.register_forward_pre_hook(lambda _, inputs: steps.append(len(inputs[0])))
+    return steps
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
@@ -296,10 +310,11 @@ def with_draft(oracle, draft, cost: PassCost | None = None) -> Engine:
 def test_any_draft_gives_the_tokens_of_plain_decoding(oracle, varied, plain, slots, seed):
     stats = RunStats()
     engine = with_draft(oracle, random_model(seed=seed))
+    steps = draft_steps(engine)
     assert tokens_of(engine, varied, slots, stats) == plain
-    assert stats.guessed > 0 and stats.draft_passes > 0
+    assert stats.proposed > 0 and steps
     if seed == 0:  # the same weights: all it drafts is right, but for what lies beyond a stop id
-        assert stats.accepted >= 0.8 * stats.guessed
+        assert stats.accepted >= 0.8 * stats.proposed
         assert stats.decode_steps < 0.3 * stats.decode_tokens or slots > 1
 
 
@@ -308,7 +323,7 @@ def test_a_draft_with_the_same_weights_is_accepted_to_the_last_token(oracle):
         stats, engine = RunStats(), with_draft(oracle, oracle)
         request = Request(random_ids(30, 1), 60, sampling)
         assert tokens_of(engine, [request], 1, stats) == tokens_of(our_engine(oracle), [request], 1)
-        assert stats.accepted == stats.guessed
+        assert stats.accepted == stats.proposed
         assert stats.accepted + stats.decode_steps == 59
 
 
@@ -320,20 +335,20 @@ def test_a_draft_that_nearly_agrees_is_mostly_right_with_the_same_dice(oracle):
     stats = RunStats()
     requests = [Request(random_ids(20, seed), 40, Sampling(seed=seed)) for seed in range(6)]
     assert tokens_of(with_draft(oracle, near), requests, 3, stats) == tokens_of(our_engine(oracle), requests, 3)
-    assert stats.accepted > 0.6 * stats.guessed
+    assert stats.accepted > 0.6 * stats.proposed
 
 
 def test_lookup_and_draft_work_together(oracle, varied, plain):
     engine = with_draft(oracle, random_model(seed=9))
-    assert tokens_of(engine, guessing(varied, lambda _: PromptLookup), 4) == plain
-    assert tokens_of(engine, guessing(varied, knowing(varied, plain)), 4) == plain
+    assert tokens_of(engine, proposing(varied, lambda _: PromptLookup), 4) == plain
+    assert tokens_of(engine, proposing(varied, knowing(varied, plain)), 4) == plain
 
 
 def test_a_draft_that_is_wrong_is_asked_less_and_less(oracle):
-    engine = with_draft(oracle, random_model(seed=9), cost=Flat(0.2))
-    stats = RunStats()
+    engine = with_draft(oracle, random_model(seed=9), timer=Flat(0.2))
+    stats, steps = RunStats(), draft_steps(engine)
     tokens_of(engine, [Request(random_ids(30, 1), 400, GREEDY)], 1, stats)
-    assert 1 <= stats.draft_passes < 40
+    assert 1 <= len(steps) < 40
     assert stats.decode_steps > 380
 
 
@@ -347,9 +362,9 @@ def test_a_draft_that_was_switched_off_for_long_catches_up(oracle):
     def waits(prompt):
         return Fixed(prompt, lambda ids, most: [2000][:most])
 
-    from modelscope_dolly.engine.speculative import draft_model as draft
+    from modelscope_dolly.engine.speculative.draft_model import DraftState
 
-    offer = draft.Drafted.offer
+    offer = DraftState.offer
 
     def late(self, most):
         calls[id(self)] += 1
@@ -357,33 +372,33 @@ def test_a_draft_that_was_switched_off_for_long_catches_up(oracle):
 
     stats = RunStats()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft.Drafted, "offer", late)
-        assert tokens_of(engine, [replace(one, guesser=waits) for one in requests], 3, stats) == expected
-    assert stats.accepted == stats.guessed > 50
+        patch.setattr(DraftState, "offer", late)
+        assert tokens_of(engine, [replace(one, proposer=waits) for one in requests], 3, stats) == expected
+    assert stats.accepted == stats.proposed > 50
     assert stats.decode_steps > 20
 
 
-# ---- when guessing does not pay
+# ---- when speculation does not pay
 
 
-def test_guesses_that_are_wrong_end_by_themselves(oracle, engine):
+def test_draft_tokens_that_are_rejected_end_by_themselves(oracle, engine):
     """Free text: the lookup finds matches that are not followed by what it says."""
-    steep = PassCost()
+    steep = StepTimer()
     for size in (1, 2, 16) * 3:
         steep.add(size, 1 + 0.2 * (size - 1))
     steep.add = lambda tokens, seconds: None
     rng = random.Random(0)
     prompt = [rng.randrange(1, 6) for _ in range(200)]  # every pair has been seen
     stats = RunStats()
-    slow = replace(engine, cost=steep)
-    request = Request(prompt, 200, Sampling(seed=1, temperature=3.0, top_p=1.0), guesser=PromptLookup)
+    slow = replace(engine, timer=steep)
+    request = Request(prompt, 200, Sampling(seed=1, temperature=3.0, top_p=1.0), proposer=PromptLookup)
     list(slow.run([request], 1, stats))
-    assert stats.guessed < 10
+    assert stats.proposed < 10
 
 
-def test_a_pass_of_one_token_is_as_ever_where_nothing_is_guessed(oracle):
+def test_a_step_of_one_token_is_as_ever_where_nothing_is_proposed(oracle):
     engine, steps = our_engine(oracle), []
     hook = engine.net.register_forward_pre_hook(lambda net, inputs: steps.append(inputs[1]))
-    engine.generate([Request([1, 2, 3], 5, GREEDY), Request([4], 5, GREEDY, guesser=PromptLookup)], slots=2)
+    engine.generate([Request([1, 2, 3], 5, GREEDY), Request([4], 5, GREEDY, proposer=PromptLookup)], slots=2)
     hook.remove()
-    assert all(step.blocks is None for step in steps)
+    assert all(step.verify_spans is None for step in steps)

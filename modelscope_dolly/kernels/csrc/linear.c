@@ -1,4 +1,4 @@
-/* Linear layers for x86-64 CPUs with weights of 8, 4 or 16 bits, called through kernels.py.
+/* Linear layers for x86-64 CPUs with weights of 8, 4 or 16 bits, called through ../cpu.py.
 
    y[m][n] = sum over k of x[m][k] * w[n][k] + bias[n], for m < M rows (tokens), n < N outputs, k < K inputs.
 

@@ -1,0 +1,36 @@
+"""Keys and values of earlier tokens."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """Keys and values of all layers: per layer two tensors [B, H, length, D], made where and when a layer first writes.
+
+    Slots in use are kept at the front (0 .. n-1), so that a step over n of them needs no gathering.
+
+    Args:
+        slots: B.
+        length: places of a slot.
+        dtype: of keys and values; None is that of the layer.
+    """
+
+    def __init__(self, slots: int, length: int, dtype: torch.dtype | None = None):
+        self.slots, self.length, self.dtype = slots, length, dtype
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layer_cache(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer; `like` [N, H, D] gives heads, width, device and the number type by default."""
+        if index not in self._layers:
+            # Zeros, not empty: a masked place is multiplied by a weight of 0, and 0 * NaN would be NaN.
+            shape = (self.slots, like.shape[1], self.length, like.shape[2])
+            self._layers[index] = (like.new_zeros(shape, dtype=self.dtype), like.new_zeros(shape, dtype=self.dtype))
+        return self._layers[index]
+
+    @torch.inference_mode()  # the tensors were made inside a step
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot over another."""
+        for keys, values in self._layers.values():
+            keys[target].copy_(keys[source])
+            values[target].copy_(values[source])
