@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 
@@ -15,6 +14,7 @@ from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
 from modelscope_dolly.errors import PromptError, SettingError
 from modelscope_dolly.generation import GenerationSettings, Prompt, TextGenerator, parse_input
+from modelscope_dolly.load import load
 from modelscope_dolly.prompt import INTRO, DollyTokenizer
 from tests.support.models import our_engine
 
@@ -27,13 +27,13 @@ def chosen(**keywords) -> GenerationSettings:
 
 
 @pytest.fixture(scope="module")
-def responder(oracle, tokenizer) -> TextGenerator:
-    return TextGenerator(our_engine(oracle), tokenizer)
+def generator(oracle, tokenizer) -> TextGenerator:
+    return TextGenerator(our_engine(oracle), tokenizer, PromptLookup, lookup_by_default=True)
 
 
-def narrow(responder: TextGenerator, window: int) -> TextGenerator:
+def narrow(generator: TextGenerator, window: int) -> TextGenerator:
     """The same network with a window that short texts overflow."""
-    return TextGenerator(Engine(responder.engine.net, responder.engine.device, window), responder.tokenizer)
+    return TextGenerator(Engine(generator.engine.net, generator.engine.device, window), generator.tokenizer)
 
 
 @pytest.fixture
@@ -146,9 +146,9 @@ def test_a_wrong_input_is_a_prompt_error_that_says_what_is_wrong(value, message)
         parse_input(value)
 
 
-def test_max_new_tokens_is_cut_to_the_window_with_a_warning(responder, warnings):
-    ids = responder.tokenizer.encode("What is dew?")
-    short = narrow(responder, len(ids) + 5)
+def test_max_new_tokens_is_cut_to_the_window_with_a_warning(generator, warnings):
+    ids = generator.tokenizer.encode("What is dew?")
+    short = narrow(generator, len(ids) + 5)
     for wanted, room in ((4, 4), (5, 5), (6, 5), (2000, 5)):
         warnings.clear()
         assert short.fit(Prompt("What is dew?"), chosen(max_new_tokens=wanted)) == (ids, room)
@@ -159,10 +159,10 @@ def test_max_new_tokens_is_cut_to_the_window_with_a_warning(responder, warnings)
 
 @pytest.mark.parametrize("context", [None, "Dew is water."])
 @pytest.mark.parametrize("over", [0, 1, 50])
-def test_a_prompt_that_leaves_no_room_is_an_error_with_the_counts(responder, context, over):
-    size = len(responder.tokenizer.encode("What is dew?", context))
+def test_a_prompt_that_leaves_no_room_is_an_error_with_the_counts(generator, context, over):
+    size = len(generator.tokenizer.encode("What is dew?", context))
     with pytest.raises(PromptError) as caught:
-        narrow(responder, size - over).fit(Prompt("What is dew?", context), chosen())
+        narrow(generator, size - over).fit(Prompt("What is dew?", context), chosen())
     message = str(caught.value)
     assert f"the prompt has {size} tokens and the window {size - over}" in message
     assert ("shorten the context" in message) == ("truncate_context" in message) == bool(context)
@@ -191,10 +191,10 @@ CONTEXTS = {
 
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 @pytest.mark.parametrize("wanted", [16, 60])
-def test_a_context_that_is_too_long_keeps_its_longest_beginning(responder, warnings, context, wanted):
-    prompt, tokenizer, window = Prompt("What is dew?", context), responder.tokenizer, 200
+def test_a_context_that_is_too_long_keeps_its_longest_beginning(generator, warnings, context, wanted):
+    prompt, tokenizer, window = Prompt("What is dew?", context), generator.tokenizer, 200
     options = chosen(max_new_tokens=wanted, on_overflow="truncate_context")
-    ids, room = narrow(responder, window).fit(prompt, options)
+    ids, room = narrow(generator, window).fit(prompt, options)
     kept = kept_context(tokenizer, ids, prompt)
     assert room == wanted and len(ids) + wanted <= window and kept and context.startswith(kept)
     sizes = [len(tokenizer.encode(prompt.instruction, context[:end])) for end in range(1, len(context) + 1)]
@@ -206,58 +206,58 @@ def test_a_context_that_is_too_long_keeps_its_longest_beginning(responder, warni
     assert warning.getMessage().startswith(f"context cut from {len(context)} to {len(kept)} characters")
 
 
-def test_a_context_that_fits_is_not_shortened(responder, warnings):
+def test_a_context_that_fits_is_not_shortened(generator, warnings):
     prompt = Prompt("What is dew?", CONTEXTS["words"])
-    whole = responder.tokenizer.encode(prompt.instruction, prompt.context)
-    exact = narrow(responder, len(whole) + 30)
+    whole = generator.tokenizer.encode(prompt.instruction, prompt.context)
+    exact = narrow(generator, len(whole) + 30)
     assert exact.fit(prompt, chosen(max_new_tokens=30, on_overflow="truncate_context")) == (whole, 30)
     assert warnings == []
 
 
-def test_an_instruction_that_is_too_long_alone_is_an_error_that_says_so(responder):
+def test_an_instruction_that_is_too_long_alone_is_an_error_that_says_so(generator):
     prompt = Prompt("What is dew? " * 40, CONTEXTS["words"])
-    bare = len(responder.tokenizer.encode(prompt.instruction))
+    bare = len(generator.tokenizer.encode(prompt.instruction))
     with pytest.raises(PromptError) as caught:
-        narrow(responder, bare).fit(prompt, chosen(on_overflow="truncate_context"))
+        narrow(generator, bare).fit(prompt, chosen(on_overflow="truncate_context"))
     assert f"the prompt has {bare} tokens and the window {bare}" in str(caught.value)
     assert "shorten the instruction" in str(caught.value) and "truncate_context" not in str(caught.value)
 
 
-def texts(responder: TextGenerator, prompts: list[Prompt], slots: int = 4, **keywords) -> list[list[str]]:
-    return [[one.text for one in group] for group in responder.generate(prompts, chosen(**keywords), slots)]
+def texts(generator: TextGenerator, prompts: list[Prompt], slots: int = 4, **keywords) -> list[list[str]]:
+    return [[one.text for one in group] for group in generator.generate(prompts, chosen(**keywords), slots)]
 
 
-def test_greedy_answers_are_the_text_that_transformers_makes(oracle, responder, prompts):
-    tokenizer, expected = responder.tokenizer, []
+def test_greedy_answers_are_the_text_that_transformers_makes(oracle, generator, prompts):
+    tokenizer, expected = generator.tokenizer, []
     for prompt in prompts:
         ids = torch.tensor([tokenizer.encode(prompt.instruction, prompt.context)])
         options = {"eos_token_id": sorted(tokenizer.control.stop), "pad_token_id": 0, "do_sample": False}
         made = oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, **options)
         expected.append([tokenizer.decode(made[0, ids.shape[1] :].tolist()).strip()])
     assert len(expected) == 10
-    assert texts(responder, prompts, **GREEDY) == expected
+    assert texts(generator, prompts, **GREEDY) == expected
 
 
-def test_a_list_has_the_answers_of_its_inputs_asked_alone(responder, prompts):
+def test_a_list_has_the_answers_of_its_inputs_asked_alone(generator, prompts):
     options = {"max_new_tokens": 20, "seed": 11, "num_return_sequences": 2}
-    together = texts(responder, prompts, slots=7, **options)
-    assert together == [texts(responder, [prompt], slots=1, **options)[0] for prompt in prompts]
+    together = texts(generator, prompts, slots=7, **options)
+    assert together == [texts(generator, [prompt], slots=1, **options)[0] for prompt in prompts]
 
 
-def test_several_sequences_take_the_seeds_that_follow(responder, prompts):
+def test_several_sequences_take_the_seeds_that_follow(generator, prompts):
     options = {"max_new_tokens": 12}
-    several = texts(responder, prompts[:2], seed=40, num_return_sequences=3, **options)
+    several = texts(generator, prompts[:2], seed=40, num_return_sequences=3, **options)
     assert len(several) == 2 and len(set(several[0])) == 3
     for place in range(3):
-        one = texts(responder, prompts[:2], seed=40 + place, **options)
+        one = texts(generator, prompts[:2], seed=40 + place, **options)
         assert [group[place : place + 1] for group in several] == one
-    last = texts(responder, prompts[:1], seed=2**32 - 1, num_return_sequences=2, **options)
-    assert last[0][1] == texts(responder, prompts[:1], seed=0, **options)[0][0]
+    last = texts(generator, prompts[:1], seed=2**32 - 1, num_return_sequences=2, **options)
+    assert last[0][1] == texts(generator, prompts[:1], seed=0, **options)[0][0]
 
 
-def test_without_a_seed_torch_decides(responder, prompts):
+def test_without_a_seed_torch_decides(generator, prompts):
     def ask(**keywords):
-        return texts(responder, prompts[:3], max_new_tokens=12, **keywords)
+        return texts(generator, prompts[:3], max_new_tokens=12, **keywords)
 
     torch.manual_seed(5)
     first, second = ask(), ask()
@@ -269,26 +269,26 @@ def test_without_a_seed_torch_decides(responder, prompts):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_full_text_has_the_instruction_before_the_answer(responder, prompts):
-    plain, full = (texts(responder, prompts, return_full_text=full, **GREEDY) for full in (False, True))
+def test_full_text_has_the_instruction_before_the_answer(generator, prompts):
+    plain, full = (texts(generator, prompts, return_full_text=full, **GREEDY) for full in (False, True))
     assert full == [[f"{prompt.instruction}\n{group[0]}"] for prompt, group in zip(prompts, plain, strict=True)]
 
 
-def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(responder, prompts):
-    whole = texts(responder, prompts[:1], **GREEDY)[0][0]
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(generator, prompts):
+    whole = texts(generator, prompts[:1], **GREEDY)[0][0]
     stop = whole[len(whole) // 2 :][:3]
-    [[update]] = responder.generate(prompts[:1], chosen(stop=stop, **GREEDY), 1)
+    [[update]] = generator.generate(prompts[:1], chosen(stop=stop, **GREEDY), 1)
     assert update.text == whole[: whole.index(stop)].strip()
     assert update.finish_reason == "stop" and update.new_tokens < 24
     never = whole[-2:] + "\x00"  # its beginning is held back, and shown after all when nothing more comes
-    assert texts(responder, prompts[:1], stop=["\x01", never], **GREEDY) == [[whole]]
+    assert texts(generator, prompts[:1], stop=["\x01", never], **GREEDY) == [[whole]]
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_updates_of_an_answer_only_grow_and_end_once(responder, prompts, full):
+def test_updates_of_an_answer_only_grow_and_end_once(generator, prompts, full):
     options = chosen(max_new_tokens=30, seed=3, num_return_sequences=2, return_full_text=full)
     seen: dict[int, list] = {index: [] for index in range(2 * len(prompts))}
-    for update in responder.stream(prompts, options, slots=5):
+    for update in generator.stream(prompts, options, slots=5):
         if before := seen[update.index]:
             assert before[-1].finish_reason is None
             assert update.text.startswith(before[-1].text)
@@ -298,25 +298,23 @@ def test_updates_of_an_answer_only_grow_and_end_once(responder, prompts, full):
     for index, updates in seen.items():
         prompt = prompts[index // 2]
         assert updates[-1].finish_reason in ("stop", "length") and updates[-1].new_tokens <= 30
-        assert updates[-1].prompt_tokens == len(responder.tokenizer.encode(prompt.instruction, prompt.context))
+        assert updates[-1].prompt_tokens == len(generator.tokenizer.encode(prompt.instruction, prompt.context))
     assert sum(len(updates) for updates in seen.values()) > 10 * len(seen)
-    assert responder.generate([], options, slots=5) == []
+    assert generator.generate([], options, slots=5) == []
 
 
-def test_prompt_lookup_is_taken_where_it_does_not_show_or_where_it_is_asked_for(responder, prompts, monkeypatch):
-    asked = []
+def test_prompt_lookup_is_taken_where_it_does_not_show_or_where_it_is_asked_for(checkpoint_dir, prompts, monkeypatch):
+    proposers = []
     run = Engine.run
     monkeypatch.setattr(
         Engine,
         "run",
-        lambda self, requests, slots: asked.extend(one.guesser for one in requests) or run(self, requests, slots),
+        lambda self, requests, slots: proposers.extend(one.proposer for one in requests) or run(self, requests, slots),
     )
-    half = TextGenerator(
-        Engine(copy.deepcopy(responder.engine.net).to(torch.bfloat16), torch.device("cpu"), 2048), responder.tokenizer
-    )
+    full, half = (load(checkpoint_dir, "cpu", dtype).text_generator for dtype in ("fp32", "bf16"))
     texts = []
-    for who, lookup in ((responder, "auto"), (responder, True), (responder, False), (half, "auto"), (half, True)):
-        [[update]] = who.generate(prompts[:1], chosen(**GREEDY, prompt_lookup=lookup), slots=1)
+    for generator, lookup in ((full, "auto"), (full, True), (full, False), (half, "auto"), (half, True)):
+        [[update]] = generator.generate(prompts[:1], chosen(**GREEDY, prompt_lookup=lookup), slots=1)
         texts.append(update.text)
-    assert asked == [PromptLookup, PromptLookup, None, None, PromptLookup]
+    assert proposers == [PromptLookup, PromptLookup, None, None, PromptLookup]
     assert texts[0] == texts[1] == texts[2]

@@ -90,7 +90,7 @@ def test_a_draft_is_loaded_in_the_same_type_and_changes_no_answer(checkpoint_dir
     expected = answers(load(checkpoint_dir, device="cpu", dtype="fp32"))
     with caplog.at_level(logging.INFO, logger="modelscope.dolly"):
         model = load(checkpoint_dir, device="cpu", dtype="fp32", draft=checkpoint_dir)
-    draft = model.text_generator.engine.draft
+    draft = model.text_generator.engine.speculation.keywords["draft"]
     assert f"draft from {checkpoint_dir}" in caplog.text
     assert {parameter.dtype for parameter in draft.net.parameters()} == {torch.float32}
     assert draft.net is not model.net
