@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from modelscope_dolly.checkpoint.memory import bytes_per_weight, weight_bytes
+from modelscope_dolly.checkpoint.memory import weight_bytes
 from modelscope_dolly.checkpoint.reader import Checkpoint, locate, open_checkpoint
 from modelscope_dolly.checkpoint.weights import WeightFile, read_tensors
 from modelscope_dolly.engine.cuda_graphs import GraphCapture, decode_mode
@@ -25,7 +25,7 @@ from modelscope_dolly.engine.gpt_neox import GPTNeoX, parameter_shapes
 from modelscope_dolly.engine.speculative.decoding import SpeculativeDecoding
 from modelscope_dolly.engine.speculative.draft_model import DraftModel
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
-from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
+from modelscope_dolly.errors import HardwareError, SettingError
 from modelscope_dolly.generation import TextGenerator
 from modelscope_dolly.hardware import (
     Choice,
@@ -33,12 +33,10 @@ from modelscope_dolly.hardware import (
     choose_dtype,
     choose_threads,
     cpu_computes_bf16,
-    dtype_name,
-    free_memory,
-    gigabytes,
 )
-from modelscope_dolly.kernels import cpu as kernels
+from modelscope_dolly.kernels import cpu
 from modelscope_dolly.kernels.quantized_linear import METHODS, PackedLinear, is_linear, parse_quantize, replace_linears
+from modelscope_dolly.placement import check_memory, device_of, plan_placement, spread
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -102,13 +100,13 @@ def load(
     if device_map is None:
         log.info("device %s; weights in %s", chosen, number_type)
         if place.type == "cpu":
-            log.info("packed linear layers and attention of decode steps: %s", kernels.describe())
+            log.info("packed linear layers and attention of decode steps: %s", cpu.describe())
         net = load_network(checkpoint, number, {"": place}, method)
     else:
-        placement = plan_placement(checkpoint, number, device_map)
+        placement = plan_placement(checkpoint.config, number, device_map)
         log.info("weights in %s over %s", number_type, sorted(map(str, set(placement.values()))))
         net = load_network(checkpoint, number, placement, method)
-        place = _spread(net, placement)
+        place = spread(net, placement)
     engine = Engine(
         net, place, checkpoint.config.max_position_embeddings, partial(SpeculativeDecoding, draft=draft_model)
     )
@@ -141,7 +139,7 @@ def choose_number_type(
 def held_bytes(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str | None = None
 ) -> tuple[int, str | None]:
-    """Bytes that the weights take on one device, and how linear layers are kept there: see plan.bytes_per_weight."""
+    """Bytes that the weights take on one device, and how linear layers are kept there, see bytes_per_weight."""
     method = _packing(checkpoint, dtype, {"": device}, _quantization(checkpoint, quantize))
     return weight_bytes(checkpoint.config, dtype.itemsize, method), method
 
@@ -186,10 +184,10 @@ def load_network(
     with torch.device("meta"):
         net = GPTNeoX(checkpoint.config)
     method = _packing(checkpoint, dtype, placement, _quantization(checkpoint, quantize))
-    _check_memory(net, dtype, placement, method)
+    check_memory(net, dtype, placement, method)
     total = sum(parameter.numel() for parameter in net.parameters())
     if method:
-        replace_linears(net, method, _place("embed_out.weight", placement))
+        replace_linears(net, method, device_of("embed_out.weight", placement))
         net.cache_dtype = cache_dtype(net, method)
     # disable=None: a bar on a terminal, nothing in a log file
     with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
@@ -200,7 +198,7 @@ def load_network(
                 module.take(leaf, tensor)
             else:
                 # copy=True: the tensor read is a view of the file, which may be replaced while the model lives
-                here = tensor.to(_place(name, placement), dtype, copy=True)
+                here = tensor.to(device_of(name, placement), dtype, copy=True)
                 module.register_parameter(leaf, nn.Parameter(here, requires_grad=False))
             bar.update(tensor.numel())
     if checkpoint.config.tie_word_embeddings:
@@ -214,9 +212,9 @@ def load_network(
 def cache_dtype(net: GPTNeoX, method: str | None) -> torch.dtype | None:
     """Of the key/value cache: bfloat16 where the linear layers round more and the compiled library reads it."""
     rotary = net.gpt_neox.layers[0].attention.rotary
-    on_cpu = net.embed_out.device.type == "cpu" if method in METHODS else False
-    reads = kernels.attends(torch.device("cpu"), torch.float32, rotary.head_width, rotary.width)
-    return torch.bfloat16 if on_cpu and reads else None
+    if method in METHODS and cpu.attends(net.embed_out.device, torch.float32, rotary.head_width, rotary.width):
+        return torch.bfloat16
+    return None
 
 
 def _quantization(checkpoint: Checkpoint, quantize: str | None) -> str | None:
@@ -241,7 +239,7 @@ def _packing(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, An
         )
     if quantize and on_cpu and dtype == torch.float16:
         raise SettingError(f"quantize={quantize!r} computes in fp32 or bf16 on the CPU; use dtype='fp32'")
-    if quantize or not on_cpu or not kernels.level():
+    if quantize or not on_cpu or not cpu.level():
         return quantize
     if dtype == torch.bfloat16:  # torch emulates it where the processor lacks it, many times slower than float32
         return None if cpu_computes_bf16() else "bf16"
@@ -256,62 +254,3 @@ def _stored_in_bf16(checkpoint: Checkpoint) -> bool:
     files = {file: WeightFile(file) for file, _ in linear}
     types = {files[file].number_type(stored) for file, stored in linear}
     return types <= {"BF16", "torch.bfloat16"}
-
-
-def _place(name: str, placement: dict[str, Any]) -> Any:
-    """The device of the longest module name in `placement` that `name` begins with."""
-    owners = [module for module in placement if not module or name == module or name.startswith(f"{module}.")]
-    if not owners:
-        raise SettingError(f"device_map gives no device for {name}; add an entry for it, or '' for all the rest")
-    return placement[max(owners, key=len)]
-
-
-def _check_memory(net: GPTNeoX, dtype: torch.dtype, placement: dict[str, Any], method: str | None = None) -> None:
-    needed: dict[torch.device, float] = {}
-    for name, parameter in net.named_parameters():
-        device = torch.device(_place(name, placement))
-        width = bytes_per_weight(name, parameter.shape, dtype.itemsize, method)
-        needed[device] = needed.get(device, 0) + parameter.numel() * width
-    for device, need in needed.items():
-        if device.type in ("cpu", "cuda") and need > (free := free_memory(device)):
-            raise HardwareError(
-                f"the weights need {gigabytes(need)} on {device} in {method or dtype_name(dtype)}, "
-                f"{gigabytes(free)} are free; use a smaller model, dtype='bf16', or device_map='auto' (see: dolly plan)"
-            )
-
-
-def plan_placement(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | dict) -> dict[str, Any]:
-    """Module name -> device; "auto" fills the CUDA devices in order, then the host.
-
-    Raises:
-        HardwareError: part of the model would land on disk, which makes each token minutes long.
-        SettingError: neither "auto" nor a dict.
-    """
-    if isinstance(device_map, str):
-        if device_map != "auto":
-            raise SettingError(unknown_name("device_map", device_map, ("auto", "a dict of module names to devices")))
-        from accelerate import infer_auto_device_map
-
-        with torch.device("meta"):
-            net = GPTNeoX(checkpoint.config)
-        device_map = infer_auto_device_map(net, no_split_module_classes=["Layer"], dtype=dtype)
-    if "disk" in device_map.values():
-        raise HardwareError(
-            "the model does not fit into the memory of the devices and the host together; see: dolly plan"
-        )
-    return dict(device_map)
-
-
-def _spread(net: GPTNeoX, placement: dict[str, Any]) -> torch.device:
-    """Let accelerate's hooks move activations between the devices; returns where token ids go in."""
-    from accelerate import dispatch_model
-
-    accelerators = [device for device in placement.values() if str(device) != "cpu"]
-    layers = [name for name, device in placement.items() if ".layers." in name and str(device) == "cpu"]
-    if accelerators and layers:
-        log.warning(
-            "%d layers are on the CPU and are copied to the GPU for every token: expect it to be slow", len(layers)
-        )
-    main = accelerators[0] if accelerators else "cpu"
-    dispatch_model(net, placement, main_device=main, force_hooks=True)
-    return torch.device(_place("gpt_neox.embed_in.weight", placement))

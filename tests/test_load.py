@@ -79,7 +79,7 @@ def test_bad_device_map_is_refused(checkpoint_dir, placement, error, says):
 
 
 def test_too_little_memory_is_said_before_anything_is_read(checkpoint_dir, monkeypatch):
-    monkeypatch.setattr(loading, "free_memory", lambda device=None: 1000)
+    monkeypatch.setattr("modelscope_dolly.placement.free_memory", lambda device=None: 1000)
     monkeypatch.setattr(loading, "read_tensors", lambda places: pytest.fail("weights were read"))
     checkpoint = open_checkpoint(checkpoint_dir)
     with pytest.raises(HardwareError, match=r"the weights need .* on cpu in float32, 0\.00 GB are free"):
@@ -115,7 +115,7 @@ def test_memory_for_draft_and_network_must_be_there_together(checkpoint_dir, mon
         asked.append(device)
         return int(1.5 * need) - (len(asked) - 1) * need
 
-    monkeypatch.setattr(loading, "free_memory", free)
+    monkeypatch.setattr("modelscope_dolly.placement.free_memory", free)
     with pytest.raises(HardwareError, match="the weights need"):
         load(checkpoint_dir, device="cpu", dtype="fp32", draft=checkpoint_dir)
     assert len(asked) == 2
@@ -133,7 +133,7 @@ def test_float32_is_taken_where_its_packed_weights_fit(level, dtype, stored_in_b
     checkpoint = open_checkpoint(stored_in_bf16)
     linear = sum(math.prod(s) for name, s in parameter_shapes(checkpoint.config).items() if is_linear(name, s))
     packed = 2 * linear + 4 * (checkpoint.parameters - linear)
-    monkeypatch.setattr(loading.kernels, "level", lambda: level)
+    monkeypatch.setattr(loading.cpu, "level", lambda: level)
     monkeypatch.setattr(loading, "cpu_computes_bf16", lambda: False)
     monkeypatch.setattr(hardware, "cpu_computes_bf16", lambda: False)
     for free, expected in ((packed / 0.8 + 9, dtype), (packed / 0.8 - 9, torch.bfloat16), (1e15, torch.float32)):

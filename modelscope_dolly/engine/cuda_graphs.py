@@ -38,6 +38,7 @@ from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.engine.step_timer import StepTimer
 from modelscope_dolly.errors import HardwareError, SettingError, one_line, unknown_name
 from modelscope_dolly.kernels import triton_decode
+from modelscope_dolly.kernels.self_test import distance
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -158,15 +159,13 @@ class CapturedGraphs:
         net, device = self._owner.net, self._owner.device
         positions = [len(sequence.ids) - 1 for sequence in sequences]
         tokens = torch.tensor([sequence.ids[-1] for sequence in sequences], device=device)
-        expected = net(tokens, StepInput.decode(positions), self.cache).float()
+        expected = net(tokens, StepInput.decode(positions), self.cache)
         buffers.fill(sequences)
         buffers.replay()
         assert buffers.logits is not None
-        actual = buffers.logits[: len(sequences)].float()
-        spread = (expected - expected.mean(dim=-1, keepdim=True)).norm()
-        distance = float((actual - expected).norm() / spread.clamp(min=1e-30))
-        if not distance <= _TOLERANCE.get(buffers.logits.dtype, _TOLERANCE_IN_HALF):  # also NaN
-            raise ArithmeticError(f"its logits are {distance:.2g} of their spread away from the ordinary step")
+        error = distance(buffers.logits[: len(sequences)], expected)
+        if not error <= _TOLERANCE.get(expected.dtype, _TOLERANCE_IN_HALF):  # also NaN
+            raise ArithmeticError(f"its logits are {error:.2g} of their spread away from the ordinary step")
 
 
 class StepBuffers:

@@ -224,7 +224,7 @@ def test_float16_is_refused(checkpoint_dir):
 
 
 def test_memory_is_compared_with_the_quantised_size(checkpoint_dir, monkeypatch):
-    monkeypatch.setattr(loading, "free_memory", lambda device=None: 600_000)
+    monkeypatch.setattr("modelscope_dolly.placement.free_memory", lambda device=None: 600_000)
     checkpoint = open_checkpoint(checkpoint_dir)
     assert load_network(checkpoint, torch.float32, {"": torch.device("cpu")}, "int8")
     with pytest.raises(HardwareError, match=r"the weights need .* in float32"):

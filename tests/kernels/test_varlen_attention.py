@@ -28,7 +28,7 @@ def by_text(query, key, value, ends, longest, scaling=None):
 @pytest.fixture(autouse=True)
 def forgetful():
     yield
-    varlen._right.cache_clear()
+    varlen._passes_self_test.cache_clear()
 
 
 @pytest.mark.parametrize("slots", [1, 4])
@@ -48,7 +48,7 @@ def test_prompts_that_go_through_it_get_the_answers_of_the_ordinary_attention(or
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_trial_accepts_what_is_right(monkeypatch, caplog, dtype):
     monkeypatch.setattr(varlen, "attend", by_text)
-    assert varlen._right(torch.device("cpu"), dtype, 80)
+    assert varlen._passes_self_test(torch.device("cpu"), dtype, 80)
     assert not caplog.messages
 
 
@@ -65,7 +65,7 @@ def failing(*given):
 def test_the_trial_refuses_what_is_wrong_and_says_so_once(monkeypatch, caplog, kernel, reason):
     monkeypatch.setattr(varlen, "attend", kernel)
     for _ in range(2):
-        assert not varlen._right(torch.device("cpu"), torch.bfloat16, 64)
+        assert not varlen._passes_self_test(torch.device("cpu"), torch.bfloat16, 64)
     [message] = caplog.messages
     assert reason in message and "\n" not in message
 
