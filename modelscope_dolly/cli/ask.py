@@ -50,7 +50,7 @@ def print_answer(dolly: Dolly, record: dict | str, settings: GenerationSettings,
     if settings.seed is None:
         settings = dataclasses.replace(settings, seed=secrets.randbelow(2**31))
     shown, update = "", None
-    for update in dolly.responder.respond([parse_input(record)], settings, slots=1):
+    for update in dolly.text_generator.stream([parse_input(record)], settings, slots=1):
         if not as_json:
             print(update.text[len(shown) :], end="", flush=True)
             shown = update.text
