@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.checkpoint.memory import bytes_per_weight, weight_bytes
-from modelscope_dolly.checkpoint.reader import Checkpoint, locate, open_checkpoint
+from modelscope_dolly.checkpoint.reader import Checkpoint, open_checkpoint
 from modelscope_dolly.checkpoint.weights import WeightFile, read_tensors
 from modelscope_dolly.engine.cuda_graphs import GraphCapture, decode_mode
 from modelscope_dolly.engine.engine import Engine
@@ -26,6 +27,7 @@ from modelscope_dolly.engine.speculative.decoding import SpeculativeDecoding
 from modelscope_dolly.engine.speculative.draft_model import DraftModel
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
 from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
+from modelscope_dolly.files import gigabytes
 from modelscope_dolly.generation import TextGenerator
 from modelscope_dolly.hardware import (
     Choice,
@@ -35,7 +37,6 @@ from modelscope_dolly.hardware import (
     cpu_computes_bf16,
     dtype_name,
     free_memory,
-    gigabytes,
 )
 from modelscope_dolly.kernels import cpu as kernels
 from modelscope_dolly.kernels.quantized_linear import METHODS, PackedLinear, is_linear, parse_quantize, replace_linears
