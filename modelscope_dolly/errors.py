@@ -1,4 +1,4 @@
-"""Everything that can be wrong outside this code is a DollyError: one clear line for the user, exit code 2 in the CLI.
+"""Whatever goes wrong outside this code is a DollyError: one clear line for the user, exit code 2 in the commands.
 
 ModelScope re-raises an exception of a plugin as `type(e)(f"{class}: {e}")`, so each class here must be constructible
 from one string.
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class DollyError(Exception):
-    """Base of all errors a user can cause or repair."""
+    """Base of all errors that a user can cause or fix."""
 
 
 class CheckpointError(DollyError):
@@ -43,7 +43,7 @@ class PublishError(DollyError):
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
-    """Message for a name that does not exist: the name, its nearest neighbour, and all that is allowed."""
+    """Message for a name that does not exist: the name, the most similar allowed one, and all that are allowed."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -51,6 +51,6 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, length: int = 300) -> str:
-    """A library's message, folded into one line of at most `length` characters, to quote in ours."""
+    """The message of another library's error on one line of at most `length` characters, to be quoted in ours."""
     text = " ".join(str(error).split())
     return text if len(text) <= length else f"{text[: length - 3]}..."

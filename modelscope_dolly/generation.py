@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from modelscope_dolly.engine.engine import Engine
-from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.engine.sequence import Proposer, Request
+from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
 from modelscope_dolly.errors import PromptError, SettingError, unknown_name
 from modelscope_dolly.prompt import DollyTokenizer, check_instruction, check_text
 from modelscope_dolly.text_stream import TextStream
@@ -40,7 +40,7 @@ class GenerationSettings:
 
     Attributes:
         max_new_tokens: at most so many tokens; cut, with a warning, to what the window leaves.
-        do_sample, temperature, top_k, top_p, repetition_penalty: see sampling.Sampling.
+        do_sample, temperature, top_k, top_p, repetition_penalty: see engine/settings.Sampling.
         num_return_sequences: answers per input; their seeds are seed, seed + 1, ...
         seed: of each answer's own generator; None takes one from torch's global generator (torch.manual_seed).
         stop: text or texts that end an answer and are not part of it.
@@ -51,12 +51,12 @@ class GenerationSettings:
             "auto" does so with float32 weights, where it does not show in the answer.
     """
 
-    max_new_tokens: int = 256
-    do_sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.92
-    repetition_penalty: float = 1.0
+    max_new_tokens: int = MAX_NEW_TOKENS
+    do_sample: bool = Sampling.do_sample
+    temperature: float = Sampling.temperature
+    top_k: int = Sampling.top_k
+    top_p: float = Sampling.top_p
+    repetition_penalty: float = Sampling.repetition_penalty
     num_return_sequences: int = 1
     seed: int | None = None
     stop: str | Sequence[str] = ()

@@ -1,11 +1,10 @@
-"""Device, number type and memory: each choice comes with its reason, which is logged and can be overridden."""
+"""Device, number type, threads and memory. Each choice has a reason, which is logged, and can be overridden."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
+from modelscope_dolly.files import gigabytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
@@ -23,7 +23,7 @@ _BF16_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Choice:
-    """A value and why it was taken."""
+    """A value and the reason for it."""
 
     value: Any
     reason: str
@@ -33,35 +33,33 @@ class Choice:
 
 
 def choose_device(requested: str | torch.device | None = None) -> Choice:
-    """Turn `cpu`, `cuda`, `cuda:N`, `gpu`, `gpu:N` or `mps` into a torch.device.
+    """Turn `cpu`, `cuda`, `cuda:N`, `gpu` or `gpu:N` into a torch.device.
 
-    `gpu` is what ModelScope passes when the user says nothing: the first CUDA device, else the CPU. A device that was
-    named with its number must exist; ModelScope alone would run on the CPU without a word.
+    `gpu` is what ModelScope passes when the user names no device: the first CUDA device, else the CPU. A device that is
+    named with its number must exist; ModelScope alone would silently run on the CPU.
 
     Raises:
-        HardwareError: the named device is not on this machine.
+        HardwareError: the named device is not on this machine, or not supported.
         SettingError: no such kind of device.
     """
     name = str(requested or "gpu").lower()
-    match = re.fullmatch(r"(cpu|cuda|gpu|mps)(?::(\d+))?", name)
+    if re.fullmatch(r"mps(:\d+)?", name):
+        raise HardwareError(f"device {name!r} was asked for, but Apple GPUs are not supported; use device='cpu'")
+    match = re.fullmatch(r"(cpu|cuda|gpu)(?::(\d+))?", name)
     if match is None:
-        raise SettingError(unknown_name("device", name, ("cpu", "cuda", "cuda:N", "gpu", "mps")))
+        raise SettingError(unknown_name("device", name, ("cpu", "cuda", "cuda:N", "gpu")))
     kind, number = match[1], match[2]
     if kind == "cpu":
         return Choice(torch.device("cpu"), "asked for")
-    if kind == "mps":
-        if not torch.backends.mps.is_available():
-            raise HardwareError("device 'mps' was asked for, but this torch sees no Apple GPU; use device='cpu'")
-        return Choice(torch.device("mps"), "asked for; experimental")
     count = torch.cuda.device_count()
     if kind == "gpu" and number is None and count == 0:
         return Choice(torch.device("cpu"), "no CUDA device here")
     index = int(number or 0)
     if index >= count:
-        found = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA device"
+        present = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA device"
         built = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
         raise HardwareError(
-            f"device {name!r} was asked for, but this machine shows {found}{built}; "
+            f"device {name!r} was asked for, but this machine shows {present}{built}; "
             f"use device='{'cpu' if count == 0 else 'cuda:0'}'"
         )
     return Choice(torch.device("cuda", index), "first CUDA device" if kind == "gpu" and number is None else "asked for")
@@ -87,10 +85,13 @@ def choose_dtype(
     """Number type of the weights on `device`.
 
     Args:
-        device: where the weights will lie.
+        device: where the weights will be.
         requested: overrides the choice; None or "auto" leaves it to this function.
-        float32: bytes they take where float32 computes; decides on a CPU whether that fits.
+        float32: bytes that the weights take for arithmetic in float32; on a CPU it is only chosen where they fit.
         how: added to the reason for float32.
+
+    Raises:
+        SettingError: `requested` is no number type.
     """
     if requested is not None and requested != "auto":
         return Choice(parse_dtype(requested), "asked for")
@@ -100,8 +101,6 @@ def choose_dtype(
         if capability >= _BF16_CAPABILITY:
             return Choice(torch.bfloat16, f"{name} computes it")
         return Choice(torch.float16, f"{name} (compute capability {capability[0]}.{capability[1]}) has no bfloat16")
-    if device.type == "mps":
-        return Choice(torch.float16, "half the memory of float32")
     if cpu_computes_bf16():
         return Choice(torch.bfloat16, "this CPU computes it")
     if float32 > 0.8 * (free := free_memory()):
@@ -120,10 +119,10 @@ def cpu_computes_bf16() -> bool:
 
 
 def choose_threads(requested: int | None = None) -> Choice:
-    """How many threads compute on the CPU: as many as torch would take, but no more than it has cores for itself.
+    """How many threads compute on the CPU: as many as torch would start, but no more than this process has cores.
 
     torch counts the machine's cores; a container or a pinned process may use fewer, and two threads on one core wait
-    for each other at every layer. What the user has set lower (torch.set_num_threads, OMP_NUM_THREADS) stays.
+    for each other at every layer. A lower number set by the user (torch.set_num_threads, OMP_NUM_THREADS) stays.
 
     Raises:
         SettingError: `requested` is not a whole number of at least 1.
@@ -173,23 +172,3 @@ def _cgroup_limit() -> int | None:
         return max(0, int(limit) - used) if limit.isdigit() else None
     except (OSError, ValueError):
         return None
-
-
-def free_disk(path: str | os.PathLike) -> int:
-    """Bytes free on the file system that holds `path`, or would hold it."""
-    place = Path(path).expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
-def check_disk(path: str | os.PathLike, need: float, what: str, remedy: str = "") -> None:
-    """Raises HardwareError unless `need` bytes for `what` are free on the file system of `path`; ends in the remedy."""
-    if need > (free := free_disk(path)):
-        hint = f"; {remedy}" if remedy else ""
-        raise HardwareError(f"{path}: {what} needs {gigabytes(need)} of disk, {gigabytes(free)} are free{hint}")
-
-
-def gigabytes(count: float) -> str:
-    """Bytes as GB (10^9), two digits."""
-    return f"{count / 1e9:.2f} GB"

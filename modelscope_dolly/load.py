@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.checkpoint.memory import weight_bytes
-from modelscope_dolly.checkpoint.reader import Checkpoint, locate, open_checkpoint
+from modelscope_dolly.checkpoint.reader import Checkpoint, open_checkpoint
 from modelscope_dolly.checkpoint.weights import WeightFile, read_tensors
 from modelscope_dolly.engine.cuda_graphs import GraphCapture, decode_mode
 from modelscope_dolly.engine.engine import Engine

@@ -14,7 +14,7 @@ from modelscope.pipelines.builder import PIPELINES
 from modelscope.utils.constant import Frameworks
 
 from modelscope_dolly import PIPELINE_TYPE, TASK
-from modelscope_dolly.checkpoint.reader import locate
+from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.errors import SettingError, unknown_name
 from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Update, parse_input
 from modelscope_dolly.model import MODEL_OPTIONS, DollyForTextGeneration

@@ -12,7 +12,8 @@ import torch
 from modelscope_dolly.checkpoint.memory import bytes_per_weight
 from modelscope_dolly.engine.gpt_neox import GPTNeoX
 from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
-from modelscope_dolly.hardware import dtype_name, free_memory, gigabytes
+from modelscope_dolly.files import gigabytes
+from modelscope_dolly.hardware import dtype_name, free_memory
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig

@@ -1,4 +1,4 @@
-"""The dolly prompt contract: the only file that spells a key.
+"""The dolly prompt contract: template, token ids, control tokens. The only file that spells a key.
 
 The bytes are those of the public training code (databrickslabs/dolly, training/consts.py and training/generate.py):
 
@@ -16,7 +16,7 @@ The bytes are those of the public training code (databrickslabs/dolly, training/
     ### End
 
 Three keys are single control tokens of the tokenizer: `### Instruction:`, `### Response:` with its newline, `### End`.
-A prompt is built from token ids, never from a string that is searched for keys, so whatever a user types stays text.
+A prompt is built from token ids, never by searching a string for keys, so whatever a user types stays text.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_text(name: str, text: object) -> str:
 
 
 def check_instruction(instruction: object) -> str:
-    """`check_text`, and there must be something to read in it."""
+    """`check_text`, and the text must not be blank. Raises PromptError."""
     text = check_text("instruction", instruction)
     if not text.strip():
         raise PromptError("instruction is empty: give a question or a task")
@@ -67,18 +67,18 @@ def check_instruction(instruction: object) -> str:
 
 
 def _body(instruction: str, context: str | None) -> str:
-    """What stands between the instruction key and the response key."""
+    """The text between the instruction key and the response key."""
     section = f"{INPUT_KEY}\n{context}\n\n" if context else ""
     return f"\n{instruction}\n\n{section}"
 
 
 def render(instruction: str, context: str | None = None) -> str:
-    """The prompt as one string, as the reference formats it. For people and tests: the model gets `encode`."""
+    """The prompt as one string, formatted as the reference does. For people and tests: the model gets `encode`."""
     return f"{INTRO}\n\n{INSTRUCTION_KEY}{_body(instruction, context)}{RESPONSE_KEY}"
 
 
 def render_example(instruction: str, context: str | None, response: str) -> str:
-    """A whole training text as one string, as the reference formats it."""
+    """A whole training text as one string, formatted as the reference does."""
     return f"{render(instruction, context)}{response}\n\n{END_KEY}"
 
 
@@ -98,17 +98,17 @@ class ControlTokens:
 
 
 class DollyTokenizer:
-    """A Hugging Face tokenizer together with the prompt contract. Safe to use from several threads.
+    """A Hugging Face tokenizer together with the prompt contract. Thread-safe.
 
     Text is encoded by a private copy of the backend that never recognises a special token in its input. The flag for
-    that is a state of the backend, and every call of the public tokenizer sets it anew: sharing one object, a call in
+    that is a state of the backend which every call of the public tokenizer sets: with a shared backend, a call in
     another thread could turn a typed key into a control token.
 
     Args:
-        tokenizer: any fast tokenizer that knows the three keys; kept as `.tokenizer` for whoever wants it.
+        tokenizer: any fast tokenizer that knows the three keys; available as `.tokenizer`.
 
     Raises:
-        CheckpointError: a key is not one token of its own, which is how a base model's tokenizer looks.
+        CheckpointError: a key is not a single token (as in a base model's tokenizer), or not marked as special.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -121,7 +121,7 @@ class DollyTokenizer:
         leaked = [key for key in (*CONTROL_KEYS, END_OF_TEXT) if set(self.encode_text(key)) & set(self.special_ids)]
         if leaked:
             raise CheckpointError(
-                f"tokenizer.json: {leaked[0]!r} is not marked as special, so that a user could type it as a control "
+                f"tokenizer.json: {leaked[0]!r} is not marked as special, so a user could type it as a control "
                 "token; add it to additional_special_tokens in special_tokens_map.json"
             )
 
@@ -131,44 +131,44 @@ class DollyTokenizer:
         return frozenset((control.end, control.instruction, control.response, control.eos))
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of ordinary text; a key typed inside it becomes several ordinary tokens."""
+        """Token ids of ordinary text; a key typed in it becomes several ordinary tokens."""
         return self._text.encode(text, add_special_tokens=False).ids
 
     def encode(self, instruction: str, context: str | None = None) -> list[int]:
         """Token ids of the prompt.
 
-        For text without keys they equal the tokenization of `render(...)`: a tokenizer cuts its input at special
-        tokens before anything else, so the pieces between them can be encoded one by one.
+        For text without keys they equal the tokenization of `render(...)`: a tokenizer first splits its input at
+        special tokens, so the pieces between them can be encoded one by one.
         """
         body = self.encode_text(_body(instruction, context))
         return [*self.encode_text(f"{INTRO}\n\n"), self.control.instruction, *body, self.control.response]
 
     def encode_example(self, instruction: str, context: str | None, response: str) -> tuple[list[int], int]:
-        """Token ids of a training text, and the length of its prompt: the ids behind it are what is learned."""
+        """Token ids of a training text, and the length of its prompt: the ids after the prompt are learned."""
         prompt = self.encode(instruction, context)
         return [*prompt, *self.encode_text(f"{response}\n\n"), self.control.end], len(prompt)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, without special tokens and otherwise untouched; unfinished UTF-8 shows as U+FFFD."""
+        """Text of ids without special tokens, otherwise unchanged; incomplete UTF-8 becomes U+FFFD."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _single_token(tokenizer: PreTrainedTokenizerFast, key: str) -> int:
-    found = tokenizer.encode(key, add_special_tokens=False, split_special_tokens=False)
-    if len(found) != 1 or tokenizer.convert_ids_to_tokens(found[0]) != key:
+    ids = tokenizer.encode(key, add_special_tokens=False, split_special_tokens=False)
+    if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != key:
         raise CheckpointError(
-            f"tokenizer.json: {key!r} must be a single token, found {len(found)} tokens {found}. This is not the "
+            f"tokenizer.json: {key!r} must be a single token, found {len(ids)} tokens {ids}. This is not the "
             "tokenizer of a dolly model; take tokenizer.json from the model's own repository"
         )
-    return found[0]
+    return ids[0]
 
 
 def chat_template() -> str:
-    """A Jinja template that renders the last user message of a chat as this prompt, for servers that read one.
+    """A Jinja template that renders the last user message of a chat as this prompt, for servers that use templates.
 
-    dolly is not a dialogue model: earlier turns are left out. A system message becomes the context section. The
+    dolly is not a dialogue model: earlier turns are dropped. A system message becomes the context section. The
     template ends in an expression because Jinja drops a template's own last newline, and the response key needs it.
-    A server tokenizes the rendered string, so that keys typed by its users do become control tokens there.
+    A server tokenizes the rendered string, so keys typed by its users do become control tokens there.
     """
     quoted = {name: repr(text) for name, text in _TEMPLATE_TEXTS.items()}
     return (

@@ -60,7 +60,7 @@ def test_card_sample_runs_verbatim_with_a_pinned_revision(hub, tmp_path, checkpo
     done = run(hub, tmp_path, CARD + textwrap.dedent(check % QUESTION))
     assert done.returncode == 0, done.stderr
     keys, answer = json.loads(done.stdout.splitlines()[-1])
-    local = dolly_pipeline(str(checkpoint_dir), device="cpu", dtype="fp32")
+    local = dolly_pipeline(str(checkpoint_dir), device="cpu")
     assert keys == ["text"]
     assert answer == local(QUESTION, do_sample=False, max_new_tokens=20)
     assert any("Revision=v1.0.2" in str(request) for request in hub.requests)
@@ -92,7 +92,7 @@ def test_the_same_weights_in_both_forms_are_downloaded_once(hub, tmp_path):
         hub,
         tmp_path,
         """
-        from modelscope_dolly.checkpoint import locate
+        from modelscope_dolly.checkpoint.download import locate
         print(*sorted(path.name for path in locate("someone/both", "v1.0.0").iterdir()))
         """,
     )
@@ -123,7 +123,7 @@ def test_plain_repository_loads_online_and_later_without_the_hub(hub, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "revision", "says"),
-    [("someone/nothing", "v1", "someone/nothing"), ("someone/plain", "v9.9", "revision 'v9.9' cannot be had")],
+    [("someone/nothing", "v1", "someone/nothing"), ("someone/plain", "v9.9", "revision 'v9.9' cannot be downloaded")],
 )
 def test_what_the_hub_does_not_have_is_one_line_and_exit_code_2(hub, tmp_path, model, revision, says):
     command = [
@@ -167,3 +167,11 @@ def test_modelscope_command_offers_dolly(hub, tmp_path, checkpoint_dir):
     done = subprocess.run(command, env=hub.environ(tmp_path), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "sound" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["ask", "hi", "--modle", "x"], ["eval", "x", "--limit", "a"]])
+def test_a_usage_error_in_modelscopes_command_is_one_line(hub, tmp_path, arguments):
+    command = [sys.executable, "-m", "modelscope_hub.cli.main", "dolly", *arguments]
+    done = subprocess.run(command, env=hub.environ(tmp_path), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("dolly: ") and "usage:" not in done.stderr

@@ -46,27 +46,27 @@ def wheel_names(tmp_path_factory) -> list[str]:
 
 
 def test_wheel_holds_the_plugin_its_data_and_its_licence(wheel_names):
-    for path in (ROOT / "modelscope_dolly").iterdir():
+    for path in (ROOT / "modelscope_dolly").rglob("*"):
         if path.suffix in (".py", ".json", ".c", ".h"):
-            assert f"modelscope_dolly/{path.name}" in wheel_names
+            assert path.relative_to(ROOT).as_posix() in wheel_names
     assert any(name.endswith("LICENSE") for name in wheel_names)
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CC", "gcc")), reason="no C compiler here")
 def test_wheel_holds_the_compiled_kernels(wheel_names):
     assert [name for name in wheel_names if name.endswith(".so")] == [
-        f"modelscope_dolly/_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+        f"modelscope_dolly/kernels/_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
     ]
 
 
 def test_without_a_compiler_the_wheel_is_built_without_kernels(tmp_path):
     names = build("wheel", tmp_path / "wheel", tmp_path, CC="false")
-    assert "modelscope_dolly/kernels.py" in names and not any(name.endswith(".so") for name in names)
+    assert "modelscope_dolly/kernels/cpu.py" in names and not any(name.endswith(".so") for name in names)
 
 
 def test_source_distribution_holds_the_source_of_the_kernels(tmp_path):
     names = build("sdist", tmp_path / "sdist", tmp_path)
-    assert any(name.endswith("/modelscope_dolly/kernels.c") for name in names)
+    assert any(name.endswith("/modelscope_dolly/kernels/csrc/kernels.c") for name in names)
     assert not any(name.endswith(".so") for name in names)
 
 

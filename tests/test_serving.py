@@ -15,7 +15,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from modelscope_dolly import dolly_pipeline
-from modelscope_dolly.checkpoint.reader import read_tokenizer
+from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.engine.sequence import Request

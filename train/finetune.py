@@ -28,10 +28,10 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 
 import modelscope_dolly
-from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.checkpoint.check import check_directory
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.errors import DollyError, PublishError, SettingError
+from modelscope_dolly.files import read_json, write_atomically
 from train.bench import peak_memory
 from train.config import Parser, Resolved, TrainConfig, add_flags, resolve
 from train.data.batch_plan import Plan
@@ -165,7 +165,7 @@ def run(resolved: Resolved) -> Path:
     # Export: whatever spread the weights over processes brings them together here.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if first and "DOLLY_BENCH" in os.environ:
-        manifest.write_atomically(output / "peak.json", json.dumps({"bytes": peak_memory()}) + "\n")
+        write_atomically(output / "peak.json", json.dumps({"bytes": peak_memory()}) + "\n")
     elif first:
         with writing(output / FINAL):
             finish(trainer, state, tokenizer, choice.dtype, output / FINAL, lora)
@@ -367,14 +367,14 @@ def record_run(
         "versions": {"modelscope_dolly": modelscope_dolly.__version__, "python": platform.python_version(), **versions},
     }
     earlier = json.loads(path.read_text())["starts"] if path.exists() else []
-    manifest.write_atomically(path, json.dumps({"starts": [*earlier, start]}, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps({"starts": [*earlier, start]}, indent=2, ensure_ascii=False) + "\n")
 
 
 def changed_settings(path: Path, config: TrainConfig, resume: RunCheckpoint | None) -> list[str]:
     """A line for each setting that is not what the run so far had; those that change the plan are refused elsewhere."""
     if resume is None or not path.exists():
         return []
-    before = manifest.read_json(path)["starts"][-1]["settings"]
+    before = read_json(path)["starts"][-1]["settings"]
     now = dataclasses.asdict(config)
     free = {"resume", "output_dir", "save_every", "keep_checkpoints", "report_to", "publish"}
     names = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]

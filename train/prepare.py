@@ -8,7 +8,9 @@ from pathlib import Path
 
 from transformers import GPTNeoXConfig
 
-from modelscope_dolly.checkpoint.reader import locate, read_config, read_tokenizer
+from modelscope_dolly.checkpoint.config import read_config
+from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.prompt import DollyTokenizer
 from train.config import TrainConfig

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelscope_dolly.benchmark import peers
-from modelscope_dolly.checkpoint.manifest import read_json_lines
 from modelscope_dolly.errors import SettingError
+from modelscope_dolly.files import read_json_lines
 
 if TYPE_CHECKING:
     from modelscope_dolly.benchmark.process import Bench
@@ -113,7 +113,7 @@ def choose(
 
 def measure(run: Bench) -> None:
     """`lookup`: a row for each format and kind of text, seconds behind the first token without and with guessing."""
-    from modelscope_dolly.checkpoint.reader import read_tokenizer
+    from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 
     settings = run.settings
     if settings.model is None and settings.tokenizer is None:

@@ -23,7 +23,9 @@ import torch
 from modelscope_dolly.benchmark import limits, peers
 from modelscope_dolly.benchmark.options import ENGINES, BenchSettings
 from modelscope_dolly.benchmark.synthetic import make_checkpoint, parse_shape
-from modelscope_dolly.checkpoint.reader import locate, open_checkpoint, read_config
+from modelscope_dolly.checkpoint.config import read_config
+from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.reader import open_checkpoint
 from modelscope_dolly.errors import DollyError, SettingError
 from modelscope_dolly.hardware import DTYPES, choose_device, choose_threads, parse_dtype
 from modelscope_dolly.load import choose_number_type

@@ -21,10 +21,12 @@ import torch
 from modelscope_dolly.benchmark.limits import machine
 from modelscope_dolly.benchmark.lookup import encoded, read_texts
 from modelscope_dolly.benchmark.process import Bench, progress
-from modelscope_dolly.checkpoint.reader import Checkpoint, locate, open_checkpoint
+from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.reader import Checkpoint, open_checkpoint
 from modelscope_dolly.engine.gpt_neox import KVCache, NeoX, Step
 from modelscope_dolly.errors import SettingError
-from modelscope_dolly.hardware import check_disk, free_memory
+from modelscope_dolly.files import check_disk
+from modelscope_dolly.hardware import free_memory
 from modelscope_dolly.load import held_bytes, load
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from modelscope_dolly.benchmark.options import ENGINES, BenchSettings
 from modelscope_dolly.benchmark.process import Bench, progress
 from modelscope_dolly.checkpoint.memory import FORMATS, weight_bytes
 from modelscope_dolly.errors import DollyError
-from modelscope_dolly.hardware import free_memory, gigabytes
+from modelscope_dolly.files import gigabytes
+from modelscope_dolly.hardware import free_memory
 
 
 def bench(settings: BenchSettings, found: dict | None = None) -> dict:

@@ -16,10 +16,10 @@ import torch
 
 from modelscope_dolly.checkpoint.memory import SHAPES, shape_config, weight_bytes
 from modelscope_dolly.checkpoint.weights import write_tensors
-from modelscope_dolly.checkpoint.writer import new_directory, seal_directory, write_side_files
+from modelscope_dolly.checkpoint.writer import seal_directory, write_side_files
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.errors import SettingError, unknown_name
-from modelscope_dolly.hardware import check_disk
+from modelscope_dolly.files import check_disk, new_directory
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
 
 if TYPE_CHECKING:

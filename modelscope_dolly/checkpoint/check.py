@@ -1,4 +1,4 @@
-"""`dolly check DIR`: everything that can be known about a checkpoint directory, one line per finding."""
+"""Verify a checkpoint directory: everything that can be known about it, as a list of findings."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import torch
 
 from modelscope_dolly import PIPELINE_TYPE
 from modelscope_dolly.checkpoint import manifest
-from modelscope_dolly.checkpoint.manifest import read_json
-from modelscope_dolly.checkpoint.reader import (
-    expected_tensors,
-    read_config,
-    read_tokenizer,
-    refuse,
-    repair_hint,
-    vocabulary_problems,
-)
-from modelscope_dolly.checkpoint.weights import inventory, read_tensors, weight_files
+from modelscope_dolly.checkpoint.config import read_config
+from modelscope_dolly.checkpoint.download import repair_hint
+from modelscope_dolly.checkpoint.reader import raise_problems, tensor_locations
+from modelscope_dolly.checkpoint.tokenizer import check_vocabulary, read_tokenizer
+from modelscope_dolly.checkpoint.weights import read_tensors, weight_files
 from modelscope_dolly.errors import CheckpointError
+from modelscope_dolly.files import read_json
 from modelscope_dolly.hardware import dtype_name
 from modelscope_dolly.prompt import CONTROL_KEYS
 
@@ -63,11 +59,11 @@ def check_directory(path: str | Path) -> list[Finding]:
 
 
 def _manifest(path: Path) -> str:
-    listed = manifest.read(path)
-    if listed is None:
+    entries = manifest.read(path)
+    if entries is None:
         return "none: file contents cannot be compared with what was published"
-    refuse(manifest.problems(path))
-    return f"{len(listed)} files have the size and sha256 they were published with"
+    raise_problems(manifest.differences(path))
+    return f"{len(entries)} files have the size and sha256 they were published with"
 
 
 def _config(path: Path) -> str:
@@ -83,30 +79,29 @@ def _tokenizer(path: Path) -> str:
 
 def _vocabulary(path: Path) -> str:
     config, tokenizer = read_config(path), read_tokenizer(path)
-    refuse(vocabulary_problems(path, config, tokenizer))
+    check_vocabulary(path, config, tokenizer)
     return f"the network has {config.vocab_size} rows for {len(tokenizer.tokenizer)} tokens"
 
 
 def _names(path: Path) -> str:
+    locations = tensor_locations(path, read_config(path))
     files = weight_files(path)
-    places, wrong = inventory(path, expected_tensors(path, read_config(path)), files)
-    refuse(wrong)
-    return f"{len(places)} tensors of the right shape in {len(files)} file{'s' if len(files) > 1 else ''}"
+    return f"{len(locations)} tensors of the right shape in {len(files)} file{'s' if len(files) > 1 else ''}"
 
 
 def _values(path: Path) -> str:
-    places, _ = inventory(path, expected_tensors(path, read_config(path)), weight_files(path))
-    total, types, wrong = 0, set(), []
-    for name, tensor in read_tensors(places):
+    locations = tensor_locations(path, read_config(path))
+    total, types, problems = 0, set(), []
+    for name, tensor in read_tensors(locations):
         total += tensor.numel()
         types.add(dtype_name(tensor.dtype))
         if not bool(torch.isfinite(tensor).all()):
-            wrong.append(f"{places[name][0]}: {name} holds values that are not finite")
+            problems.append(f"{locations[name][0]}: {name} holds values that are not finite")
         elif tensor.dtype == torch.int8 and int(tensor.min()) < -127:
-            wrong.append(f"{places[name][0]}: {name} holds -128, the smallest number of int8 weights is -127")
+            problems.append(f"{locations[name][0]}: {name} holds -128, the smallest number of int8 weights is -127")
         elif tensor.dim() == 2 and not bool(tensor.any()):
-            wrong.append(f"{places[name][0]}: {name} is all zeros")
-    refuse(wrong)
+            problems.append(f"{locations[name][0]}: {name} is all zeros")
+    raise_problems(problems)
     return f"{total:,} values, all finite, stored as {', '.join(sorted(types))}"
 
 
@@ -116,12 +111,12 @@ def _notes(path: Path) -> list[tuple[str, str]]:
     if code:
         notes.append(("code", f"{', '.join(code[:3])}: never run by this package"))
     try:
-        pipeline = read_json(path / "configuration.json")
+        configuration = read_json(path / "configuration.json")
     except CheckpointError:
-        pipeline = {}
-    kind = pipeline.get("pipeline")
-    kind = kind.get("type") if isinstance(kind, dict) else None
-    if kind != PIPELINE_TYPE or pipeline.get("allow_remote") or pipeline.get("plugins"):
+        configuration = {}
+    entry = configuration.get("pipeline")
+    kind = entry.get("type") if isinstance(entry, dict) else None
+    if kind != PIPELINE_TYPE or configuration.get("allow_remote") or configuration.get("plugins"):
         notes.append(
             (
                 "configuration.json",
@@ -132,7 +127,7 @@ def _notes(path: Path) -> list[tuple[str, str]]:
     return notes
 
 
-def report(findings: list[Finding]) -> str:
-    """The findings for people."""
+def format_findings(findings: list[Finding]) -> str:
+    """One line per finding, for people."""
     width = max(len(finding.subject) for finding in findings)
     return "\n".join(f"{finding.status:<8} {finding.subject:<{width}}  {finding.detail}" for finding in findings)

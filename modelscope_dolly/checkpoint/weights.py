@@ -1,35 +1,34 @@
-"""The weight files of a checkpoint: which they are, what they hold, and how their tensors reach a device.
+"""The weight files of a checkpoint: their names, the tensors in them, reading and writing.
 
 Two layouts are read: safetensors (one file, or shards with an index), and that of the 2023 uploads (pytorch_model.bin,
-whole or sharded, with buffers that later versions dropped). Pickles are read with an unpickler that calls nothing.
+whole or sharded, with buffers that later versions dropped). Pickles are read by an unpickler that calls nothing.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelscope_dolly.checkpoint.manifest import read_json, write_atomically
 from modelscope_dolly.errors import CheckpointError, one_line
+from modelscope_dolly.files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
 
-#: write_tensors begins another file at this size: bounds the memory it takes.
+#: write_tensors starts the next file at this size, which bounds its memory.
 SHARD_BYTES = 1 << 30
 
-#: Where each parameter is: name -> (file, name inside that file).
-Places = dict[str, tuple[Path, str]]
+#: Name of each parameter -> (file, name inside that file).
+TensorLocations = dict[str, tuple[Path, str]]
 
-#: Buffers in files of 2023; transformers computes them now, and so do we.
+#: Buffers in files of 2023; transformers computes them today, and so do we.
 _LEGACY = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
-#: As safetensors and torch spell number types. Eight bits and fewer mean nothing without their scales.
+#: Number types as safetensors and torch spell them. Eight bits and fewer mean nothing without their scales.
 _FLOATING = re.compile(r"(BF16|F16|F32|F64)|torch\.(bfloat16|float16|float32|float64)")
-#: Number types of the tensors of a quantised checkpoint, by the end of their names; see quantize.py.
-_QUANTISED = {"weight_int8": ("I8",), "weight_int4": ("U8",), "weight_scale": ("F32", "F16")}
+#: Number types of the tensors of a quantised checkpoint, by the last part of their names.
+_QUANTIZED = {"weight_int8": ("I8",), "weight_int4": ("U8",), "weight_scale": ("F32", "F16")}
 _ALIASES = {"lm_head.weight": "embed_out.weight"}  # transformers 5 calls it so in memory
 
 
@@ -57,7 +56,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 class WeightFile:
-    """Tensors of one file, read one by one. Raises CheckpointError for whatever is wrong with the file."""
+    """The tensors of one file, read one by one. Every method raises CheckpointError where the file is damaged."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -85,7 +84,7 @@ class WeightFile:
         # mmap: the tensors point into the file, so the host never holds a second copy.
         tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(tensors, dict) or not all(_is_named_tensor(*item) for item in tensors.items()):
-            raise ValueError("holds something else than a dictionary of named, dense tensors")
+            raise ValueError("not a dictionary of named, dense tensors")
         self.names = list(tensors)
         self._read = tensors.__getitem__
         self._shape = lambda name: tuple(tensors[name].shape)
@@ -98,7 +97,7 @@ class WeightFile:
         return self._guard(self._number_type, name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """On the CPU, a view of the file where possible: copy it before the file goes."""
+        """The tensor on the CPU, a view of the file where possible: copy it before the file is closed."""
         return self._guard(self._read, name)
 
     def _guard(self, read: Callable, name: str):
@@ -115,10 +114,18 @@ def _is_named_tensor(name: object, value: object) -> bool:
     return dense and isinstance(name, str)
 
 
-def inventory(path: Path, expected: dict[str, tuple[int, ...]], files: list[Path]) -> tuple[Places, list[str]]:
-    """Where each expected parameter is, and all that is wrong with names, shapes and types; reads headers only."""
-    found: Places = {}
-    wrong = []
+def locate_tensors(
+    path: Path, expected: dict[str, tuple[int, ...]], files: list[Path]
+) -> tuple[TensorLocations, list[str]]:
+    """Where each tensor is stored, and all problems with names, shapes and types. Reads headers only.
+
+    Args:
+        path: the directory.
+        expected: shape of each tensor by name.
+        files: the weight files.
+    """
+    locations: TensorLocations = {}
+    problems = []
     for file in files:
         weights = WeightFile(file)
         for stored in weights.names:
@@ -127,36 +134,36 @@ def inventory(path: Path, expected: dict[str, tuple[int, ...]], files: list[Path
                 continue  # a tied head is the embedding
             shape = weights.shape(stored)
             if name not in expected:
-                wrong.append(f"{file}: unexpected tensor {stored} {list(shape)}, config.json has no place for it")
-            elif name in found:
-                wrong.append(f"{file}: {name} is also in {found[name][0].name}")
+                problems.append(f"{file}: unexpected tensor {stored} {list(shape)}, config.json has no place for it")
+            elif name in locations:
+                problems.append(f"{file}: {name} is also in {locations[name][0].name}")
             elif 0 in shape:
-                wrong.append(
+                problems.append(
                     f"{file}: {name} is empty, found shape {list(shape)}, expected {list(expected[name])}: a ZeRO-3 "
                     "run saved placeholders; save again with stage3_gather_16bit_weights_on_model_save"
                 )
             elif shape != expected[name]:
-                wrong.append(f"{file}: {name} has shape {list(shape)}, config.json says {list(expected[name])}")
+                problems.append(f"{file}: {name} has shape {list(shape)}, config.json says {list(expected[name])}")
             elif problem := _type_problem(name, weights.number_type(stored)):
-                wrong.append(f"{file}: {name} {problem}")
-            found.setdefault(name, (file, stored))
-    for name in expected:
-        if name not in found:
-            wrong.append(f"{path}: tensor {name} {list(expected[name])}, expected by config.json, is in no weight file")
-    return found, wrong
+                problems.append(f"{file}: {name} {problem}")
+            locations.setdefault(name, (file, stored))
+    for name, shape in expected.items():
+        if name not in locations:
+            problems.append(f"{path}: tensor {name} {list(shape)}, expected by config.json, is in no weight file")
+    return locations, problems
 
 
-def _type_problem(name: str, found: str) -> str | None:
-    allowed = _QUANTISED.get(name.rpartition(".")[2])
+def _type_problem(name: str, number_type: str) -> str | None:
+    allowed = _QUANTIZED.get(name.rpartition(".")[2])
     if allowed is not None:
-        return None if found in allowed else f"has type {found}, expected {' or '.join(allowed)}"
-    return None if _FLOATING.fullmatch(found) else f"has type {found}, expected bf16, fp16, fp32 or fp64"
+        return None if number_type in allowed else f"has type {number_type}, expected {' or '.join(allowed)}"
+    return None if _FLOATING.fullmatch(number_type) else f"has type {number_type}, expected bf16, fp16, fp32 or fp64"
 
 
-def read_tensors(places: Places) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(locations: TensorLocations) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor on the CPU) of every parameter, file by file. Copy a tensor before asking for the next one."""
     by_file: dict[Path, list[tuple[str, str]]] = {}
-    for name, (file, stored) in places.items():
+    for name, (file, stored) in locations.items():
         by_file.setdefault(file, []).append((name, stored))
     for file, names in by_file.items():
         weights = WeightFile(file)
@@ -172,25 +179,25 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
     from safetensors.torch import save_file
 
     files: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
+    shard: dict[str, torch.Tensor] = {}
     size = total = 0
 
     def write() -> None:
-        files.append(list(held))
-        save_file(held, directory / f"model-{len(files):05}.safetensors", metadata={"format": "pt"})
-        held.clear()
+        files.append(list(shard))
+        save_file(shard, directory / f"model-{len(files):05}.safetensors", metadata={"format": "pt"})
+        shard.clear()
 
     for name, tensor in tensors:
-        held[name] = tensor.contiguous()
+        shard[name] = tensor.contiguous()
         size, total = size + tensor.nbytes, total + tensor.nbytes
         if size >= SHARD_BYTES:
             write()
             size = 0
-    if held:
+    if shard:
         write()
     if len(files) == 1:
         (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
         return
-    where = {name: f"model-{number:05}.safetensors" for number, names in enumerate(files, 1) for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    write_atomically(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    weight_map = {name: f"model-{number:05}.safetensors" for number, names in enumerate(files, 1) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / "model.safetensors.index.json", index)

@@ -1,5 +1,5 @@
-"""The `dolly` command: one file per command, each imported when it runs."""
+"""The `dolly` command: one file per command, whatever is heavy imported when it runs."""
 
-from modelscope_dolly.cli.main import ModelScopeCommand, build_parser, main
+from modelscope_dolly.cli.main import ModelScopeCommand, main
 
-__all__ = ["ModelScopeCommand", "build_parser", "main"]
+__all__ = ["ModelScopeCommand", "main"]

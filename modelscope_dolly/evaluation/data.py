@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelscope_dolly.checkpoint.manifest import read_json_lines
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.evaluation.published import BY_NAME
+from modelscope_dolly.files import read_json_lines
 
 Row = dict[str, Any]
 

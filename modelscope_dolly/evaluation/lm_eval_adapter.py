@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from modelscope_dolly.checkpoint.manifest import sha256
 from modelscope_dolly.errors import SettingError, one_line
 from modelscope_dolly.evaluation.data import data_file, read_rows
 from modelscope_dolly.evaluation.shared_prefix import Scorer
+from modelscope_dolly.files import file_sha256
 from modelscope_dolly.prompt import DollyTokenizer
 
 try:
@@ -72,7 +72,7 @@ def card_tasks(names: Sequence[str], data: Path | None) -> Iterator[dict[str, tu
             except Exception as error:  # of datasets, of the network, of lm-eval
                 source = files.get(name, "its data set cannot be had from the hub; give local files with --data")
                 raise SettingError(f"{name}: {source} ({type(error).__name__}: {one_line(error, 160)})") from None
-            identity = sha256(files[name]) if name in files else f"hub:{_rows_sha256(task)}"
+            identity = file_sha256(files[name]) if name in files else f"hub:{_rows_sha256(task)}"
             tasks[name] = (task, identity, str(task.VERSION))
         yield tasks
 

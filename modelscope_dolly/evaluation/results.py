@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from modelscope_dolly.checkpoint.manifest import write_atomically
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.evaluation import store
 from modelscope_dolly.evaluation.published import BY_NAME, NAMES
 from modelscope_dolly.evaluation.rows import Row, differences, failures, measured_rows, row_from, table_rows
+from modelscope_dolly.files import write_atomically
 
 
 def _cells(row: Row) -> list[str]:

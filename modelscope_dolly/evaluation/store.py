@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from modelscope_dolly.checkpoint.manifest import read_json, write_atomically
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.evaluation.published import BY_NAME, NAMES, standard_error
+from modelscope_dolly.files import read_json, write_atomically
 
 FORMAT = 1
 

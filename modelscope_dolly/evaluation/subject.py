@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelscope_dolly.checkpoint import manifest
-from modelscope_dolly.checkpoint.reader import DEFAULT_REVISION, locate, repair_hint
+from modelscope_dolly.checkpoint.download import DEFAULT_REVISION, locate, repair_hint
 from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.errors import CheckpointError, HardwareError, one_line
-from modelscope_dolly.hardware import choose_device, choose_dtype, dtype_name, free_memory, gigabytes
+from modelscope_dolly.files import file_sha256, gigabytes, read_json
+from modelscope_dolly.hardware import choose_device, choose_dtype, dtype_name, free_memory
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +85,7 @@ def _config(path: Path) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    raw = manifest.read_json(path / "config.json")
+    raw = read_json(path / "config.json")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers validates with errors of several kinds
@@ -122,13 +123,13 @@ def digest(path: Path, files: list[Path]) -> str:
     """
     names = [file.name for file in files] + [name for name in _SIDE_FILES if (path / name).is_file()]
     listed = manifest.read(path)
-    if wrong := manifest.problems(path, names):
+    if wrong := manifest.differences(path, names):
         raise CheckpointError(f"{wrong[0]}. {repair_hint(path)}")
     if listed is not None:
         digests = [listed[name]["sha256"] for name in names]
     else:
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(lambda name: manifest.sha256(path / name), names))
+            digests = list(pool.map(lambda name: file_sha256(path / name), names))
     lines = sorted(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

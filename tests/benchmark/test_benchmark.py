@@ -19,7 +19,7 @@ from modelscope_dolly.benchmark.process import Bench
 from modelscope_dolly.benchmark.report import report
 from modelscope_dolly.checkpoint.check import check_directory
 from modelscope_dolly.checkpoint.memory import shape_config
-from modelscope_dolly.checkpoint.reader import read_tokenizer
+from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 from modelscope_dolly.cli.main import main
 from modelscope_dolly.engine.cuda_graphs import Decoder
 from modelscope_dolly.engine.gpt_neox import Step

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modelscope_dolly.checkpoint import manifest
-from modelscope_dolly.checkpoint.check import Finding, check_directory, report
+from modelscope_dolly.checkpoint.check import Finding, check_directory, format_findings
 from tests.support.layouts import copy_2023_layout, plain_hf
 
 
@@ -28,7 +28,7 @@ def test_sound_directory_has_only_ok_findings(checkpoint_dir):
     findings = check_directory(checkpoint_dir)
     assert {finding.status for finding in findings} == {"ok"}
     assert len(findings) == 6
-    assert all(finding.subject in report(findings) for finding in findings)
+    assert all(finding.subject in format_findings(findings) for finding in findings)
 
 
 def test_all_that_is_wrong_is_reported_together(copy):

@@ -3,8 +3,6 @@
 import collections
 import json
 import random
-import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -12,7 +10,9 @@ import pytest
 from transformers import GPTNeoXForCausalLM
 
 from modelscope_dolly.checkpoint import manifest
-from modelscope_dolly.checkpoint.reader import locate, open_checkpoint, read_config, repair_hint
+from modelscope_dolly.checkpoint.config import read_config
+from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.reader import open_checkpoint
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.errors import CheckpointError, DollyError
 from modelscope_dolly.model import DollyForTextGeneration
@@ -177,19 +177,7 @@ def test_a_key_typed_by_a_user_stays_text_in_every_layout(checkpoint_dir, tmp_pa
     assert visited == 9
 
 
-# Where it is, and how to repair it
-
-
-def test_locate_returns_a_directory_as_it_is(checkpoint_dir, monkeypatch):
-    assert locate(str(checkpoint_dir)) == checkpoint_dir
-    monkeypatch.setenv("HOME", str(checkpoint_dir.parent))
-    assert locate(f"~/{checkpoint_dir.name}") == checkpoint_dir
-
-
-@pytest.mark.parametrize("name", ["nowhere", "/no/such/directory", "a/b/c", "~nobody-of-that-name/a/b", "a\0b"])
-def test_locate_refuses_what_is_neither_a_directory_nor_a_hub_id(name):
-    with pytest.raises(CheckpointError, match="no such directory, and not a hub id"):
-        locate(name)
+# What is wrong with it, and how to repair it
 
 
 def test_a_file_instead_of_a_directory_is_refused(checkpoint_dir):
@@ -212,13 +200,6 @@ def test_the_repair_command_names_model_and_revision_of_a_downloaded_snapshot(pl
     (snapshot / "tokenizer.json").unlink()
     message = layouts.refusal(snapshot, str(snapshot / "tokenizer.json"))
     assert message.endswith("modelscope download --model AI-ModelScope/dolly-v2-12b --revision v1.0.2")
-
-
-def test_the_repair_command_of_another_directory_can_be_pasted_into_a_shell(tmp_path):
-    hint = repair_hint(tmp_path / "my model's copy")
-    words = shlex.split(re.search(r"modelscope download .*", hint)[0])
-    assert words[words.index("--local_dir") + 1] == str(tmp_path / "my model's copy")
-    assert {"--model", "--revision"} < set(words)
 
 
 @pytest.mark.parametrize(
@@ -282,8 +263,3 @@ def test_100_damages_of_a_directory_without_manifest_give_a_dolly_error_or_an_an
 def test_spellings_that_disagree_are_refused(plain, old, value):
     layouts.edit_json(plain / "config.json", **{old: value})
     layouts.refusal(plain, "config.json", f"{old} is {value}", "rope_parameters says")
-
-
-def test_an_empty_name_is_no_directory():
-    with pytest.raises(CheckpointError, match="name of the model is empty"):
-        locate(" ")

@@ -133,8 +133,8 @@ def _run(script, *arguments):
 _MEASURE = """
 import json, sys, threading
 import torch
-from modelscope_dolly.checkpoint import open_checkpoint
-from modelscope_dolly.loading import load_network
+from modelscope_dolly.checkpoint.reader import open_checkpoint
+from modelscope_dolly.load import load_network
 
 def anonymous():  # pages of mapped files, which the system takes back when it needs them, are not among these
     with open("/proc/self/status") as file:

@@ -42,7 +42,7 @@ def test_it_holds_exactly_the_files_that_readers_expect_and_no_code(checkpoint_d
 def test_the_manifest_covers_every_other_file(checkpoint_dir):
     names = {path.name for path in checkpoint_dir.iterdir()}
     assert set(manifest.read(checkpoint_dir)) == names - {manifest.NAME}
-    assert manifest.problems(checkpoint_dir) == []
+    assert manifest.differences(checkpoint_dir) == []
 
 
 def test_every_file_may_be_read_by_whoever_may_read_the_configuration(tokenizer, tmp_path):

@@ -7,9 +7,9 @@ import json
 import pytest
 import yaml
 
-from modelscope_dolly.checkpoint.manifest import sha256
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.errors import SettingError
+from modelscope_dolly.files import file_sha256
 from train import plan
 from train.config import build
 from train.nano import RECORDS, build_model, build_tokenizer, read_records
@@ -113,7 +113,7 @@ def test_the_data_hash_depends_on_the_records_alone(settings, tmp_path):
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(RECORDS.read_bytes())
     one, two = (prepare(build({**settings, "dataset": str(path)}).config, 1) for path in (RECORDS, copy))
-    assert one.data_sha256 == two.data_sha256 and sha256(copy) == sha256(RECORDS)
+    assert one.data_sha256 == two.data_sha256 and file_sha256(copy) == file_sha256(RECORDS)
     copy.write_bytes(RECORDS.read_bytes().replace(b"fission", b"fishing"))
     assert prepare(build({**settings, "dataset": str(copy)}).config, 1).data_sha256 != one.data_sha256
 

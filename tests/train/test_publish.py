@@ -14,7 +14,7 @@ import pytest
 
 from modelscope_dolly import dolly_pipeline
 from modelscope_dolly.checkpoint import manifest
-from modelscope_dolly.checkpoint.manifest import read_json
+from modelscope_dolly.files import read_json
 from tests.support.layouts import shard
 from tests.support.loopback_hub import PRIVATE, PUBLIC, Fault, LoopbackHub
 from tests.support.publishing import (  # noqa: F401
@@ -300,7 +300,7 @@ def test_a_publish_that_fails_after_training_keeps_the_result_and_says_how_to_go
     server.fault = lambda index, method, path: Fault("status", 403) if method == "PUT" else None
     code, processes = train_and_publish(server, tmp_path / "it", prune=True)
     final = tmp_path / "it" / "run" / "final"
-    assert code == 1 and manifest.problems(final) == [] and server.tags(ID) == []
+    assert code == 1 and manifest.differences(final) == [] and server.tags(ID) == []
     told = processes.stderr().splitlines()[-1]
     assert "has no right" in told and f"{final} is complete; to go on: python -m train.publish {final}" in told
     server.fault = lambda index, method, path: None

@@ -11,7 +11,8 @@ import torch
 
 from modelscope_dolly.checkpoint.memory import SHAPES, shape_config
 from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
-from modelscope_dolly.hardware import choose_dtype, free_disk, free_memory
+from modelscope_dolly.files import free_disk
+from modelscope_dolly.hardware import choose_dtype, free_memory
 from train.planning.memory import GIB, Job, activations, states, update
 
 #: name -> (computes bfloat16, keeps error-correction bits in its memory). GDDR6 cards of data centers give 1/16 of

@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from modelscope_dolly.checkpoint.manifest import write_atomically
-from modelscope_dolly.checkpoint.reader import read_config
+from modelscope_dolly.checkpoint.config import read_config
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
+from modelscope_dolly.files import write_atomically
 from train.data.records import DROPPED
 from train.publishing.run_metadata import Record, last_part, read_record
 from train.training.report import draw_loss

@@ -11,6 +11,7 @@ from typing import Any
 
 from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.errors import CheckpointError, SettingError, unknown_name
+from modelscope_dolly.files import file_sha256
 
 Files = Mapping[str, tuple[int, str]]  # path -> (bytes, sha256)
 
@@ -141,7 +142,7 @@ def action_for(directory: Path, name: str, size: int, sha256: str) -> dict:
     if is_blob(name, size):
         return {"action": "create", "path": name, "type": "lfs", "size": size, "sha256": sha256, "content": "",
                 "encoding": ""}  # fmt: skip
-    if (directory / name).stat().st_size != size or manifest.sha256(directory / name) != sha256:
+    if (directory / name).stat().st_size != size or file_sha256(directory / name) != sha256:
         raise CheckpointError(f"{directory / name}: changed after it was staged; nothing of it is published")
     content = base64.b64encode((directory / name).read_bytes()).decode()
     return {"action": "create", "path": name, "type": "normal", "size": size, "sha256": "", "content": content,

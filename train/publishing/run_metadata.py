@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from modelscope_dolly.checkpoint.manifest import read_json
 from modelscope_dolly.errors import CheckpointError
+from modelscope_dolly.files import read_json
 from train.training.report import read_metrics
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*", re.ASCII)

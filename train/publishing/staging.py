@@ -18,9 +18,10 @@ from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.checkpoint.check import check_directory
 from modelscope_dolly.checkpoint.reader import open_checkpoint
 from modelscope_dolly.checkpoint.weights import weight_files
-from modelscope_dolly.checkpoint.writer import new_directory, write_side_files
+from modelscope_dolly.checkpoint.writer import write_side_files
 from modelscope_dolly.errors import CheckpointError, SettingError, one_line
 from modelscope_dolly.evaluation.subject import digest
+from modelscope_dolly.files import file_sha256, new_directory
 from train.publishing.model_card import write_card
 from train.publishing.remote_files import Destination
 
@@ -109,7 +110,7 @@ def listing(directory: Path) -> dict[str, tuple[int, str]]:
     """path -> (bytes, sha256) of what the manifest lists, and of the manifest itself."""
     own = directory / manifest.NAME
     files = {name: (entry["size"], entry["sha256"]) for name, entry in (manifest.read(directory) or {}).items()}
-    return {**files, manifest.NAME: (own.stat().st_size, manifest.sha256(own))}
+    return {**files, manifest.NAME: (own.stat().st_size, file_sha256(own))}
 
 
 def weight_names(source: Path, tensors: dict[str, tuple[Path, str]]) -> list[str]:
@@ -159,7 +160,7 @@ def compare_with_source(source: Path, directory: Path, weights: list[str]) -> No
     listed = manifest.read(source)
     if listed is None:
         return
-    problems = manifest.problems(source, [name for name in ("config.json", "tokenizer.json") if name in listed])
+    problems = manifest.differences(source, [name for name in ("config.json", "tokenizer.json") if name in listed])
     now = manifest.read(directory) or {}
     for name in weights:
         if listed.get(name) != now[name]:

@@ -17,9 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from modelscope_dolly.checkpoint.manifest import read_json, write_atomically
 from modelscope_dolly.errors import DollyError, SettingError, one_line
-from modelscope_dolly.hardware import free_disk, gigabytes
+from modelscope_dolly.files import free_disk, gigabytes, read_json, write_atomically
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

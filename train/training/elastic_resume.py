@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from modelscope_dolly.checkpoint.writer import new_directory
 from modelscope_dolly.errors import DollyError, SettingError, one_line
+from modelscope_dolly.files import new_directory
 from train.training.checkpoints import MARKER, RunCheckpoint, check_disk, writing
 
 SUFFIX = ".universal"

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelscope_dolly.checkpoint.manifest import read_json
-from modelscope_dolly.checkpoint.writer import new_directory
 from modelscope_dolly.errors import DollyError, SettingError, unknown_name
+from modelscope_dolly.files import new_directory, read_json
 from modelscope_dolly.prompt import DollyTokenizer
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from transformers import GPTNeoXForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
-from modelscope_dolly.checkpoint.manifest import write_atomically
 from modelscope_dolly.errors import DollyError, HardwareError
+from modelscope_dolly.files import write_atomically
 from train.config import TrainConfig
 from train.data.batch_plan import Plan
 from train.training.checkpoints import check_disk, mark_complete, prune, remove, writing

@@ -73,7 +73,7 @@ def test_without_hard_links_blocks_are_shared_or_copied(final, monkeypatch):
     monkeypatch.setattr(staging.os, "link", refuse)
     staged = stage(final, TO)
     assert staged.means in ("shared blocks", "copies")
-    assert manifest.problems(staged.directory) == []
+    assert manifest.differences(staged.directory) == []
 
 
 def test_staging_again_gives_the_same_bytes(final):
@@ -107,7 +107,7 @@ def test_a_link_inside_the_checkpoint_is_followed(final):
     (final / "model.safetensors").symlink_to(Path("blobs") / "abc")
     staged = stage(final, TO)
     assert not (staged.directory / "model.safetensors").is_symlink()
-    assert manifest.problems(staged.directory) == []
+    assert manifest.differences(staged.directory) == []
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "LICENSE"])

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM
 
 from modelscope_dolly.checkpoint.check import check_directory
-from modelscope_dolly.checkpoint.manifest import read_json
 from modelscope_dolly.errors import DollyError, SettingError
+from modelscope_dolly.files import read_json
 from modelscope_dolly.prompt import DollyTokenizer
 from tests.support.models import random_model
 from tests.support.training_runs import complete, material, needs_deepspeed, rows, write_recipe

@@ -1,0 +1,110 @@
+"""config.json: read in every spelling, checked, and the entry that says how the weights are quantised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelscope_dolly.errors import CheckpointError, one_line
+from modelscope_dolly.files import read_json
+from modelscope_dolly.kernels.quantized_linear import METHODS, MODEL_TYPE
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXConfig
+
+#: Keys that shape the network: (smallest, largest) plausible value.
+_REQUIRED = {
+    "vocab_size": (3, 1 << 24),
+    "hidden_size": (1, 1 << 17),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, 1024),
+    "intermediate_size": (1, 1 << 19),
+}
+_OPTIONAL = (
+    "max_position_embeddings", "hidden_act", "layer_norm_eps", "use_parallel_residual", "attention_bias",
+    "tie_word_embeddings", "rotary_pct", "rotary_emb_base", "rope_parameters", "rope_scaling",
+)  # fmt: skip
+
+
+def read_config(path: Path) -> GPTNeoXConfig:
+    """The configuration of a directory, with rotary_pct and rotary_emb_base (2023), rope_parameters (today), or both.
+
+    Raises:
+        CheckpointError: not the configuration of a dolly-v2.
+    """
+    file = path / "config.json"
+    raw = read_json(file)
+    model_type = MODEL_TYPE if _quantization(file, raw) else "gpt_neox"
+    if raw.get("model_type") != model_type:
+        raise CheckpointError(f"{file}: model_type is {raw.get('model_type')!r}, dolly-v2 is {model_type!r}")
+    for key, (low, high) in _REQUIRED.items():
+        if type(raw.get(key)) is not int or not low <= raw[key] <= high:
+            raise CheckpointError(f"{file}: {key} is {raw.get(key)!r}, expected a whole number from {low} to {high}")
+    from transformers import GPTNeoXConfig
+
+    try:
+        config = GPTNeoXConfig(**{key: raw[key] for key in (*_REQUIRED, *_OPTIONAL) if key in raw})
+        config.rope_parameters = dict(config.rope_parameters.items())
+        _check_constants(config)
+        _check_spellings(raw)
+    except Exception as error:  # transformers validates with errors of several kinds
+        raise CheckpointError(f"{file}: {one_line(error)}") from None
+    return config
+
+
+def read_quantization(path: Path) -> str | None:
+    """How the linear layers of a directory are stored: "int8", "int4" or None; any other way is a CheckpointError."""
+    return _quantization(path / "config.json", read_json(path / "config.json"))
+
+
+def quantization_entry(method: str) -> dict:
+    """The keys of config.json that mark a checkpoint as quantised by `method`."""
+    return {"model_type": MODEL_TYPE, "quantization_config": {"quant_method": f"dolly-{method}", "version": 1}}
+
+
+def _quantization(file: Path, raw: dict) -> str | None:
+    entry = raw.get("quantization_config")
+    if entry is None:
+        return None
+    name, version = (entry.get("quant_method"), entry.get("version")) if isinstance(entry, dict) else (entry, None)
+    for method in METHODS:
+        if (name, version) == (f"dolly-{method}", 1):
+            return method
+    known = ", ".join(f"dolly-{method}" for method in METHODS)
+    raise CheckpointError(
+        f"{file}: quantization_config is {name!r} version {version!r}, which this version cannot "
+        f"read; it knows version 1 of {known}. Use the checkpoint that it was made from"
+    )
+
+
+def _check_constants(config: GPTNeoXConfig) -> None:
+    from transformers.activations import ACT2FN
+
+    rope = config.rope_parameters
+    factor, theta, heads = rope["partial_rotary_factor"], rope["rope_theta"], config.num_attention_heads
+    for name, value in (("rotary_pct (partial_rotary_factor)", factor), ("rotary_emb_base (rope_theta)", theta)):
+        if type(value) not in (int, float):
+            raise ValueError(f"{name} is {value!r}, expected a number")
+    width = config.hidden_size // heads * factor
+    positions = config.max_position_embeddings
+    conditions = {
+        f"{heads} heads do not divide hidden_size {config.hidden_size}": config.hidden_size % heads == 0,
+        f"hidden_act {config.hidden_act!r} is unknown": config.hidden_act in ACT2FN,
+        f"rope_type {rope['rope_type']!r} is not supported, expected 'default'": rope["rope_type"] == "default",
+        f"rotary_pct (partial_rotary_factor) {factor!r} must be in (0, 1]": 0 < factor <= 1,
+        f"rotary width {width} must be even and at least 2": int(width) >= 2 and int(width) % 2 == 0,
+        f"rotary_emb_base (rope_theta) {theta!r} must be positive": 0 < theta < float("inf"),
+        f"layer_norm_eps {config.layer_norm_eps!r} must be in (0, 1)": 0 < config.layer_norm_eps < 1,
+        f"max_position_embeddings {positions!r} must be 1 to 1048576": 1 <= positions <= 1 << 20,
+    }
+    violations = [message for message, holds in conditions.items() if not holds]
+    if violations:
+        raise ValueError("; ".join(violations))
+
+
+def _check_spellings(raw: dict) -> None:
+    """Old and new rope keys must agree where both are present: their readers would compute different networks."""
+    rope = raw.get("rope_parameters") or {}
+    for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
+        if old in raw and new in rope and raw[old] != rope[new]:
+            raise ValueError(f"{old} is {raw[old]!r}, but rope_parameters says {new} {rope[new]!r}; make them equal")

@@ -1,0 +1,84 @@
+"""From the name of a model to a local directory: a path as it is, a hub id by ModelScope's client.
+
+The only module that touches the client, and only when something is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modelscope_dolly.errors import CheckpointError, one_line
+
+#: Files to download: no .py, and no pickles except the weights, which are read without running any code.
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md", "LICENSE*"]
+#: Downloaded only where there is no safetensors file: many repositories hold the same weights in both formats.
+PICKLED_WEIGHTS = "pytorch_model*.bin"
+DEFAULT_REVISION = "master"
+#: owner/name, of a model or a data set.
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def locate(model: str, revision: str | None = None, patterns: Sequence[str] = DOWNLOAD_PATTERNS) -> Path:
+    """The local directory of `model`: itself, or for a hub id a downloaded snapshot of the files that match `patterns`.
+
+    Raises:
+        CheckpointError: neither a directory nor a model that can be downloaded.
+    """
+    if not model.strip():
+        raise CheckpointError("the name of the model is empty; give a directory or a hub id of the form owner/name")
+    path = Path(os.path.expanduser(model))  # unlike Path.expanduser, leaves the name of an unknown user as it is
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{model}: is a file; give the directory that holds config.json")
+    if not HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{model}: no such directory, and not a hub id of the form owner/name either")
+    path = _download(model, revision or DEFAULT_REVISION, list(patterns))
+    if patterns is DOWNLOAD_PATTERNS and not any(path.glob("*.safetensors")):
+        path = _download(model, revision or DEFAULT_REVISION, [*patterns, PICKLED_WEIGHTS])
+    return path
+
+
+def locate_config(model: str, revision: str | None = None) -> Path:
+    """A directory with the config.json of `model`; nothing else is downloaded of a hub id."""
+    return locate(model, revision, ["config.json"])
+
+
+def cache_directory() -> Path:
+    """Where ModelScope's client puts downloads."""
+    from modelscope.hub.utils.utils import get_cache_dir
+
+    return Path(get_cache_dir())
+
+
+def repair_hint(path: Path) -> str:
+    """The command that downloads a good copy, with the hub id where the path shows it."""
+    snapshot = re.search(r"models/([^/]+)--([^/]+)/snapshots/([^/]+)$", path.absolute().as_posix())
+    if snapshot:
+        model, revision, target = f"{snapshot[1]}/{snapshot[2]}", snapshot[3], ""
+    else:
+        model, revision, target = "OWNER/NAME", "REVISION", f" --local_dir {shlex.quote(str(path))}"
+    return f"To repair it: modelscope download --model {model} --revision {revision}{target}"
+
+
+def _download(model: str, revision: str, patterns: list[str]) -> Path:
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    def snapshot(**options: Any) -> Path:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, **options))
+
+    try:
+        return snapshot()
+    except Exception as error:  # the client's errors have no common base: requests', its own, ValueError
+        try:
+            return snapshot(local_files_only=True)  # without a network, an earlier download will do
+        except Exception:  # likewise; the message says why the hub failed, not that the cache is empty
+            raise CheckpointError(
+                f"{model}: no such directory here, and revision {revision!r} cannot be downloaded from the hub "
+                f"({type(error).__name__}: {one_line(error, 160)}). Check the name, the revision and the network"
+            ) from error
