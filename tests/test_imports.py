@@ -33,7 +33,8 @@ REGISTRIES = {"modelscope_dolly", "modelscope_dolly.model", "modelscope_dolly.pi
 HUB_CLIENT = {"modelscope_dolly.checkpoint.download"}
 HEAVY = {"torch", "transformers", "modelscope", "accelerate", "datasets", "deepspeed", "lm_eval"}
 LIGHT = ("", "errors", "files", "prompt", "checkpoint.manifest", "cli.main", "benchmark", "evaluation",
-         "evaluation.published", "evaluation.results", "evaluation.data", "evaluation.store")  # fmt: skip
+         "evaluation.published", "evaluation.comparison", "evaluation.tables", "evaluation.task_data",
+         "evaluation.store", "evaluation.command", "benchmark.bench_options")  # fmt: skip
 
 
 def part(module: str) -> str:

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelscope_dolly.benchmark import peers
-from modelscope_dolly.benchmark.limits import disturbances, spread
-from modelscope_dolly.benchmark.process import Bench, progress
-from modelscope_dolly.benchmark.synthetic import make_checkpoint, parse_shape
+from modelscope_dolly.benchmark.bench_run import BenchRun
+from modelscope_dolly.benchmark.repeats import disturbances, spread
 
 if TYPE_CHECKING:
     from modelscope_dolly.engine.gpt_neox import NeoX
-    from modelscope_dolly.load import Dolly
 
 #: Guesses that a pass verifies.
 LENGTHS = tuple(range(1, 9))
@@ -28,34 +26,29 @@ LENGTHS = tuple(range(1, 9))
 RATES = (0.7, 0.9)
 
 
-def measure(run: Bench) -> None:
+def measure(run: BenchRun) -> None:
     """`draft`: a row for each format and number of guesses. Seconds; `pays_from` is a rate, None: it never does."""
     settings = run.settings
     place = Path(settings.draft)
     if not place.is_dir():
-        config = parse_shape(settings.draft)
-        place = (Path(settings.keep) if settings.keep else run.scratch) / settings.draft
-        if not place.exists():
-            progress(f"making random weights of shape {settings.draft}")
-            make_checkpoint(config, place, settings.seed)
+        place = run.random_weights(settings.draft)
     rows: list[dict] = []
-    run.found["draft"] = {"draft": str(settings.draft), "rows": rows}
-    run.expect(name for name, _ in run.formats())
-    prompt = run.prompts(1)[0]
-    for number_format, dtype in run.formats():
-        extra = {"dtype": dtype, "draft": str(place), "prompt_ids": prompt, "new_tokens": settings.new_tokens}
-        result = run.child(run.job("dolly", number_format, **extra))
+    run.results["draft"] = {"draft": str(settings.draft), "rows": rows}
+    run.expect(variant.format for variant in run.variants())
+    prompt = run.prompt()
+    for variant in run.variants():
+        result = run.child(variant, draft=str(place), prompt_ids=prompt, new_tokens=settings.new_tokens)
         plain, drafted = spread(result["plain_s"]), spread(result["draft_s"])
         for count in LENGTHS:
             verify = spread(result["verify_s"][str(count)])
             cost = verify["median"] + count * drafted["median"]
             rows.append({
-                "format": number_format, "guesses": count, "plain_s": plain, "draft_s": drafted, "verify_s": verify,
+                "format": variant.format, "guesses": count, "plain_s": plain, "draft_s": drafted, "verify_s": verify,
                 "pays_from": pays_from(count, cost / plain["median"]),
                 "times_plain": {rate: made(rate, count) * plain["median"] / cost for rate in RATES},
                 "disturbed": disturbances({"plain": plain, "draft": drafted, "verify": verify}, result),
             })  # fmt: skip
-        run.has([number_format])
+        run.measured([variant.format])
 
 
 def made(rate: float, count: int) -> float:
@@ -74,27 +67,23 @@ def pays_from(count: int, cost: float) -> float | None:
     return high
 
 
-def run_draft(dolly: Dolly, job: dict) -> dict:
+def run_draft(job: dict) -> dict:
     """In the child: seconds of a plain step, of a pass of the draft, and of passes over 1 + 1 ... 1 + 8 tokens."""
-    from modelscope_dolly.benchmark.worker import run_timed
-    from modelscope_dolly.engine.engine import Request, RunStats
-    from modelscope_dolly.engine.sampling import Sampling
+    from modelscope_dolly.benchmark.own_engine import answer, load_engine
 
-    engine, prompt = dolly.responder.engine, job["prompt_ids"]
+    engine, prompt = load_engine(job), job["prompt_ids"]
     draft, engine.draft = engine.draft, None
-    request = Request(prompt, job["new_tokens"], Sampling(do_sample=False))
-    first = Request(prompt, 1, Sampling(do_sample=False))
     plain = []
     for number in range(job["repeats"] + 1):
         peers.say(f"plain: {number} of {job['repeats']}")
-        seconds = [run_timed(engine, [one], 1, RunStats()) for one in (first, request)]
+        seconds = [answer(engine, [(prompt, count)], 1).seconds for count in (1, job["new_tokens"])]
         plain.append((seconds[1] - seconds[0]) / (job["new_tokens"] - 1))
     peers.say("the draft")
-    found = {"plain_s": plain[1:], "draft_s": _passes(draft.net, dolly.device, prompt, 1, job["repeats"])}
+    found = {"plain_s": plain[1:], "draft_s": _passes(draft.net, engine.device, prompt, 1, job["repeats"])}
     verify = {}
     for count in LENGTHS:
         peers.say(f"verifying {count} of {LENGTHS[-1]}")
-        verify[str(count)] = _passes(engine.net, dolly.device, prompt, 1 + count, job["repeats"])
+        verify[str(count)] = _passes(engine.net, engine.device, prompt, 1 + count, job["repeats"])
     return {**found, "verify_s": verify}
 
 

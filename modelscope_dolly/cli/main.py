@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from modelscope_dolly import __version__
-from modelscope_dolly.benchmark.options import add_options as add_bench_options
-from modelscope_dolly.benchmark.options import settings_of
+from modelscope_dolly.benchmark.bench_options import add_options as add_bench_options
+from modelscope_dolly.benchmark.bench_options import settings_of
 from modelscope_dolly.errors import DollyError, SettingError
 from modelscope_dolly.evaluation.command import add_options as add_eval_options
 
@@ -256,27 +256,27 @@ def run_quantize(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     settings = settings_of(options)
-    from modelscope_dolly.benchmark.report import report
-    from modelscope_dolly.benchmark.run import bench, figures
+    from modelscope_dolly.benchmark.report import format_report
+    from modelscope_dolly.benchmark.suite import has_figures, run_benchmark
 
-    found: dict = {}
+    results: dict = {}
     code = 0
     with _one_stop() as received:  # a run that is stopped still tells what it has
         try:
-            bench(settings, found)
+            run_benchmark(settings, results)
         except KeyboardInterrupt:
             number = received[0] if received else signal.SIGINT
-            found["stopped"], code = number.name, 128 + number
+            results["stopped"], code = number.name, 128 + number
         except DollyError as error:
-            found["error"] = str(error)
-            if not figures(found):
+            results["error"] = str(error)
+            if not has_figures(results):
                 raise
-    if "stopped" in found and not figures(found):
-        print(f"dolly: stopped by {found['stopped']} before anything was measured", file=sys.stderr)
+    if "stopped" in results and not has_figures(results):
+        print(f"dolly: stopped by {results['stopped']} before anything was measured", file=sys.stderr)
         return code
-    print(json.dumps(found, indent=2) if options.json else report(found))
-    if "error" in found:
-        raise DollyError(found["error"])
+    print(json.dumps(results, indent=2) if options.json else format_report(results))
+    if "error" in results:
+        raise DollyError(results["error"])
     return code
 
 
