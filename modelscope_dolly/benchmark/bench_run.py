@@ -22,19 +22,12 @@ from modelscope_dolly.load import choose_number_type
 
 
 class Variant(NamedTuple):
-    """What one child process measures.
+    """What one child process measures."""
 
-    Attributes:
-        engine: "dolly" or a peer.
-        format: a number type, int8 or int4.
-        dtype: number type of what is not quantised.
-        program: the interpreter that runs it; for llamacpp, its program.
-    """
-
-    engine: str
-    format: str
-    dtype: str
-    program: str = sys.executable
+    engine: str  # "dolly" or a peer
+    format: str  # a number type, int8 or int4
+    dtype: str  # of what is not quantised
+    program: str = sys.executable  # the interpreter that runs it; for llamacpp, its program
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from modelscope_dolly.benchmark.machine import last_cache
 from modelscope_dolly.benchmark.repeats import spread
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.hardware import DTYPES, free_memory
-from modelscope_dolly.kernels.quantized_linear import BYTES_PER_WEIGHT
+from modelscope_dolly.kernels.quantized_linear import BYTES_PER_WEIGHT, is_linear
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -129,7 +129,7 @@ def _rate(work: Callable[[], object], amount: float, repeats: int, device: torch
 def linear_weights(config: GPTNeoXConfig) -> int:
     """Number of weights of the linear layers, output head included: what each decode step reads."""
     shapes = parameter_shapes(config)
-    count = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed_in" not in name)
+    count = sum(math.prod(shape) for name, shape in shapes.items() if is_linear(name, shape))
     return count + (math.prod(shapes["gpt_neox.embed_in.weight"]) if config.tie_word_embeddings else 0)
 
 

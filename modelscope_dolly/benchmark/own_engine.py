@@ -62,22 +62,14 @@ def held_format(engine: Engine) -> str | None:
 
 @dataclass(frozen=True)
 class TimedAnswers:
-    """Greedy answers of one run of the engine.
+    """Greedy answers of one run of the engine."""
 
-    Attributes:
-        answers: ids of each request.
-        token_seconds: of each request, when each of its tokens came, in seconds since the start.
-        seconds: of the whole run.
-        decode_steps, decode_tokens: forward passes behind the prompts, and the tokens they gave.
-        proposed, accepted: draft tokens.
-    """
-
-    answers: list[list[int]]
-    token_seconds: list[list[float]]
-    seconds: float
-    decode_steps: int
-    decode_tokens: int
-    proposed: int
+    answers: list[list[int]]  # ids of each request
+    token_seconds: list[list[float]]  # of each request: seconds from the start to each of its tokens
+    seconds: float  # of the whole run
+    decode_steps: int  # forward passes behind the prompts
+    decode_tokens: int  # that these passes gave
+    proposed: int  # draft tokens
     accepted: int
 
 

@@ -7,19 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from modelscope_dolly.errors import SettingError, unknown_name
+from modelscope_dolly.evaluation import published as card
 from modelscope_dolly.evaluation import store
-from modelscope_dolly.evaluation.published import (
-    CORRECT,
-    TASK_NAMES,
-    TASKS,
-    gmean,
-    gmean_error,
-    published_name,
-    standard_error,
-)
+from modelscope_dolly.evaluation.published import CORRECT, TASK_NAMES, TASKS
 
 #: A model reproduces its row if it is within these: points of each task, and the difference of the gmeans. The same
 #: weights measured elsewhere differ by up to 1.4 points and 0.006 (docs/evaluation.md).
@@ -28,21 +20,13 @@ POINTS, GMEAN = 1.5, 0.007
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One line of the results table.
+    """One line of the results table."""
 
-    Attributes:
-        name: of the model, with its revision.
-        counts: task -> (correct answers, documents), by the card's metric; only tasks that were run.
-        published: whether it is the card's.
-        obstacles: why it must not be compared with the card; empty when it may.
-        detail: settings that tell this row from others of the same model.
-    """
-
-    name: str
-    counts: dict[str, tuple[int, int]]
-    published: bool
-    obstacles: tuple[str, ...] = ()
-    detail: str = ""
+    name: str  # of the model, with its revision
+    counts: dict[str, tuple[int, int]]  # task -> (correct answers, documents), by the card's metric; only tasks run
+    published: bool  # whether it is the card's
+    obstacles: tuple[str, ...] = ()  # why it must not be compared with the card; empty when it may
+    detail: str = ""  # settings that tell this row from others of the same model
 
     @property
     def scores(self) -> dict[str, float]:
@@ -51,15 +35,15 @@ class ResultRow:
     @property
     def errors(self) -> dict[str, float | None]:
         """Standard error of each score."""
-        return {task: standard_error(correct / size, size) for task, (correct, size) in self.counts.items()}
+        return {task: card.standard_error(correct / size, size) for task, (correct, size) in self.counts.items()}
 
     @property
     def gmean(self) -> float | None:
-        return gmean(list(self.scores.values()))
+        return card.gmean(list(self.scores.values()))
 
     @property
     def gmean_error(self) -> float | None:
-        return gmean_error(list(self.scores.values()), list(self.errors.values()))
+        return card.gmean_error(list(self.scores.values()), list(self.errors.values()))
 
     @property
     def label(self) -> str:
@@ -74,11 +58,6 @@ def published_rows() -> list[ResultRow]:
         ResultRow(name, {task.name: (count, task.size) for task, count in zip(TASKS, counts, strict=True)}, True)
         for name, counts in CORRECT.items()
     ]
-
-
-def measured_rows(output: Path) -> list[ResultRow]:
-    """One row per run below the output directory."""
-    return [measured_row(list(results.values())) for results in store.runs(output)]
 
 
 def measured_row(results: Sequence[store.TaskResult]) -> ResultRow:
@@ -130,7 +109,7 @@ def reference_row(name: str | None, model: str) -> ResultRow | None:
     """
     if name is not None and name not in CORRECT:
         raise SettingError(unknown_name("row of the card", name, CORRECT))
-    wanted = name or published_name(model)
+    wanted = name or card.published_name(model)
     return next((row for row in published_rows() if row.name == wanted), None)
 
 

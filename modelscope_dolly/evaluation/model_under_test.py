@@ -32,24 +32,15 @@ _LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A model that is known and fits, its weights still on disk.
+    """A model that was found and fits, its weights still on disk."""
 
-    Attributes:
-        name: hub id, or the last part of the directory's name.
-        revision: of a hub id; None for a directory.
-        path: local directory.
-        files_sha256: digest over names and digests of weights, configuration and tokenizer.
-        config: transformers' configuration.
-        device, dtype: where and in which number type the weights will be.
-    """
-
-    name: str
-    revision: str | None
-    path: Path
-    files_sha256: str
+    name: str  # hub id, or the last part of the directory's name
+    revision: str | None  # of a hub id; None for a directory
+    path: Path  # local directory
+    files_sha256: str  # over names and digests of weights, configuration and tokenizer
     config: PretrainedConfig
-    device: torch.device
-    dtype: torch.dtype
+    device: torch.device  # where the weights will be
+    dtype: torch.dtype  # their number type there
 
     @property
     def device_name(self) -> str:

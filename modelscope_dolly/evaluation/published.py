@@ -14,21 +14,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CardTask:
-    """One column of the card.
+    """One column of the card."""
 
-    Attributes:
-        name: as the card and lm-eval spell it.
-        size: documents of the full set.
-        metric: which of lm-eval's metrics the card prints; `acc_norm` divides by the length of the choice.
-        requests_sha256: digest of all (context, continuation) requests of lm-eval 0.3.0, from its tests/testdata.
-        gold_sha256: digest of the JSON list of correct choices, in the order of the set.
-    """
-
-    name: str
-    size: int
-    metric: str
-    requests_sha256: str
-    gold_sha256: str
+    name: str  # as the card and lm-eval spell it
+    size: int  # documents of the full set
+    metric: str  # which of lm-eval's metrics the card prints; `acc_norm` divides by the length of the choice
+    requests_sha256: str  # of all (context, continuation) requests of lm-eval 0.3.0, from its tests/testdata
+    gold_sha256: str  # of the JSON list of correct choices, in the order of the set
 
 
 #: In the card's order of columns. ARC and OpenBookQA are test sets, the others validation sets.

@@ -34,17 +34,12 @@ Request = tuple[list[int], list[int]]  # context, continuation
 
 @dataclass
 class Tree:
-    """The requests of one document.
+    """The requests of one document; a parent comes before its children, that of a root is -1."""
 
-    Attributes:
-        tokens, parents, depths: of each node; a parent comes before its children, that of a root is -1.
-        edges: (node, token it should predict, number of the request).
-    """
-
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # of each node
     parents: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    edges: list[tuple[int, int, int]] = field(default_factory=list)
+    edges: list[tuple[int, int, int]] = field(default_factory=list)  # (node, token to predict, number of the request)
 
     @property
     def is_chain(self) -> bool:
@@ -81,21 +76,15 @@ def build_tree(requests: Sequence[tuple[int, Request]], window: int) -> Tree:
 
 @dataclass
 class TokenCounts:
-    """Requests and tokens of all passes since the last reset.
-
-    Attributes:
-        requests: scored.
-        asked: tokens of all requests, each on its own, without padding.
-        useful, computed: tokens of the passes, without and with padding.
-    """
+    """Requests and their tokens."""
 
     requests: int = 0
-    asked: int = 0
-    useful: int = 0
-    computed: int = 0
+    asked: int = 0  # tokens of all requests, each on its own, without padding
+    useful: int = 0  # tokens of the forward passes without padding
+    computed: int = 0  # the same with padding
 
     def reset(self) -> None:
-        self.requests = self.asked = self.useful = self.computed = 0
+        self.__init__()
 
     def ask(self, requests: Iterable[Request], window: int) -> None:
         """Count requests that lose what is longer than the window."""

@@ -25,32 +25,19 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What determines the scores of a run besides the data of each task.
+    """What determines the scores of a run besides the data of each task."""
 
-    Attributes:
-        model: hub id, or the last part of a directory's name.
-        revision: of the hub id; None for a directory.
-        files_sha256: digest over weights, configuration and tokenizer.
-        dtype, softmax_dtype: number type of the weights, and of the log-probabilities.
-        device: kind or name of the device; other kernels round differently.
-        scorer: "shared" (each prefix once) or "hf" (lm-eval's own HFLM).
-        batch_size: as asked for: a number or "auto".
-        limit: first documents of each task; None for all.
-        template: "none", or "dolly" where the tasks are asked as instructions.
-        versions: of lm_eval, torch and transformers.
-    """
-
-    model: str
-    revision: str | None
-    files_sha256: str
-    dtype: str
-    softmax_dtype: str
-    device: str
-    scorer: str
-    batch_size: str
-    limit: int | None
-    template: str
-    versions: dict[str, str]
+    model: str  # hub id, or the last part of a directory's name
+    revision: str | None  # of the hub id; None for a directory
+    files_sha256: str  # over weights, configuration and tokenizer
+    dtype: str  # of the weights
+    softmax_dtype: str  # of the log-probabilities
+    device: str  # kind or name; other kernels round differently
+    scorer: str  # "shared" (each prefix once) or "hf" (lm-eval's own HFLM)
+    batch_size: str  # as asked for: a number or "auto"
+    limit: int | None  # first documents of each task; None for all
+    template: str  # "none", or "dolly" where the tasks are asked as instructions
+    versions: dict[str, str]  # of lm_eval, torch and transformers
 
     @property
     def directory(self) -> str:
@@ -62,29 +49,17 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores of one task.
-
-    Attributes:
-        task: name of the task.
-        run: what determined it, with `data` and `task_version`.
-        data: sha256 of the local file, or "hub:..." for what lm-eval downloaded.
-        task_version: lm-eval's.
-        size: documents scored.
-        correct: metric -> correct answers; `acc` always, `acc_norm` where lm-eval has it.
-        exact: whether requests and correct choices are those of the card, by digest; None with a limit or a template.
-        speed: seconds, tokens and padding; not part of what is compared.
-        finished: date and time, UTC.
-    """
+    """Scores of one task."""
 
     task: str
-    run: RunIdentity
-    data: str
-    task_version: str
-    size: int
-    correct: dict[str, int]
-    exact: bool | None
-    speed: dict[str, float] = field(default_factory=dict)
-    finished: str = ""
+    run: RunIdentity  # what determined the scores, with `data` and `task_version`
+    data: str  # sha256 of the local file, or "hub:..." for what lm-eval downloaded
+    task_version: str  # lm-eval's
+    size: int  # documents scored
+    correct: dict[str, int]  # metric -> correct answers; `acc` always, `acc_norm` where lm-eval has it
+    exact: bool | None  # whether requests and choices are the card's, by digest; None with a limit or a template
+    speed: dict[str, float] = field(default_factory=dict)  # seconds, tokens and padding; not compared
+    finished: str = ""  # date and time, UTC
 
     @property
     def card_correct(self) -> int:
@@ -152,9 +127,9 @@ def read(path: Path) -> TaskResult:
     return result
 
 
-def runs(output: Path) -> Iterator[dict[str, TaskResult]]:
-    """Every run below `output`, as task -> result in the card's order."""
+def runs(output: Path) -> Iterator[list[TaskResult]]:
+    """The results of every run below `output`, in the card's order of tasks."""
     for directory in sorted(path for path in output.iterdir() if path.is_dir()) if output.is_dir() else []:
-        paths = {name: directory / f"{name}.json" for name in TASK_NAMES}
-        if results := {name: read(path) for name, path in paths.items() if path.is_file()}:
+        paths = [directory / f"{name}.json" for name in TASK_NAMES]
+        if results := [read(path) for path in paths if path.is_file()]:
             yield results

@@ -15,14 +15,7 @@ from pathlib import Path
 from modelscope_dolly.checkpoint.manifest import write_atomically
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.evaluation import store
-from modelscope_dolly.evaluation.comparison import (
-    ResultRow,
-    differences,
-    failures,
-    measured_row,
-    measured_rows,
-    with_published,
-)
+from modelscope_dolly.evaluation.comparison import ResultRow, differences, failures, measured_row, with_published
 from modelscope_dolly.evaluation.published import TASK_BY_NAME, TASK_NAMES
 
 HEADER = ["model", *TASK_NAMES, "gmean"]
@@ -84,12 +77,12 @@ def markdown_table(directory: str | Path, files_sha256: str | None = None, name:
     Raises:
         SettingError: the directory holds no results, or none of these files.
     """
-    runs = [list(tasks.values()) for tasks in store.runs(Path(directory))]
+    runs = list(store.runs(Path(directory)))
     if not runs:
         raise SettingError(f"{directory}: holds no results; dolly eval MODEL --output {directory} makes some")
-    wanted = [tasks for tasks in runs if files_sha256 in (None, tasks[0].run.files_sha256)]
+    wanted = [results for results in runs if files_sha256 in (None, results[0].run.files_sha256)]
     if not wanted:
-        others = sorted({f"{tasks[0].run.model} ({tasks[0].run.files_sha256[:12]})" for tasks in runs})
+        others = sorted({f"{first.run.model} ({first.run.files_sha256[:12]})" for first, *_ in runs})
         raise SettingError(
             f"{directory}: holds results of {', '.join(others)}, none of the files that are published "
             f"({str(files_sha256)[:12]}); run dolly eval on this very checkpoint"
@@ -120,21 +113,15 @@ def as_json(rows: Sequence[ResultRow]) -> list[dict]:
     """Rows as JSON-ready dictionaries, unrounded."""
     return [
         {
-            "model": row.name,
-            "source": "card" if row.published else "measured",
-            "comparable": not row.obstacles,
-            "not_comparable_because": list(row.obstacles),
-            "detail": row.detail,
+            "model": row.name, "source": "card" if row.published else "measured", "comparable": not row.obstacles,
+            "not_comparable_because": list(row.obstacles), "detail": row.detail,
             "correct": {task: correct for task, (correct, _) in row.counts.items()},
             "documents": {task: size for task, (_, size) in row.counts.items()},
             "metric": {task: TASK_BY_NAME[task].metric for task in row.counts},
-            "scores": row.scores,
-            "stderr": row.errors,
-            "gmean": row.gmean,
-            "gmean_stderr": row.gmean_error,
+            "scores": row.scores, "stderr": row.errors, "gmean": row.gmean, "gmean_stderr": row.gmean_error,
         }
         for row in rows
-    ]
+    ]  # fmt: skip
 
 
 def print_results(run: store.RunIdentity, output: Path, reference: ResultRow | None, check: bool, as_one: bool) -> int:
@@ -147,9 +134,9 @@ def print_results(run: store.RunIdentity, output: Path, reference: ResultRow | N
         check: whether the run must reproduce the reference.
         as_one: print one JSON object.
     """
-    files = write_tables(output)
-    rows = with_published(measured_rows(output))
-    row = next(measured_row(results) for tasks in store.runs(output) if (results := [*tasks.values()])[0].run == run)
+    rows = all_rows(output)
+    files = write_tables(output, rows)
+    row = next(measured_row(results) for results in store.runs(output) if results[0].run == run)
     failed = failures(row, reference) if check else []
     if as_one:
         results = {"rows": as_json(rows), "this": as_json([row])[0], "files": list(map(str, files))}
@@ -167,9 +154,13 @@ def print_results(run: store.RunIdentity, output: Path, reference: ResultRow | N
     return 1 if failed else 0
 
 
-def write_tables(output: Path) -> list[Path]:
-    """table.md, table.csv, table.json and plot.png over all runs below the output directory."""
-    rows = with_published(measured_rows(output))
+def all_rows(output: Path) -> list[ResultRow]:
+    """The published rows, and one per run below the output directory."""
+    return with_published([measured_row(results) for results in store.runs(output)])
+
+
+def write_tables(output: Path, rows: Sequence[ResultRow]) -> list[Path]:
+    """table.md, table.csv, table.json and plot.png of the rows in the output directory."""
     texts = {
         "table.md": markdown_table(output),
         "table.csv": csv_table(rows),

@@ -10,7 +10,7 @@ import json
 import pytest
 
 from modelscope_dolly.errors import SettingError
-from modelscope_dolly.evaluation import comparison, store, tables
+from modelscope_dolly.evaluation import store, tables
 from modelscope_dolly.evaluation.comparison import (
     ResultRow,
     check_can_pass,
@@ -169,7 +169,7 @@ def test_a_limit_is_told_wherever_the_result_appears(tmp_path, monkeypatch):
     labels = []
     real = Axes.set_yticks
     monkeypatch.setattr(Axes, "set_yticks", lambda self, *a, **k: (labels.extend(a[1]), real(self, *a, **k))[1])
-    files = tables.write_tables(limited_output(tmp_path))
+    files = tables.write_tables(limited_output(tmp_path), tables.all_rows(tmp_path))
     says = "NOT comparable: limit 100"
     assert [path.name for path in files] == ["table.md", "table.csv", "table.json", "plot.png"]
     assert says in (tmp_path / "table.md").read_text()
@@ -182,7 +182,7 @@ def test_a_limit_is_told_wherever_the_result_appears(tmp_path, monkeypatch):
     assert row["comparable"] is False and row["not_comparable_because"] == ["limit 100"]
     stored = json.loads(next(tmp_path.glob("*/piqa.json")).read_text())
     assert stored["comparable"] is False and stored["not_comparable_because"] == ["limit 100"]
-    [mine] = comparison.measured_rows(tmp_path)
+    [mine] = [row for row in tables.all_rows(tmp_path) if not row.published]
     assert says in tables.text_table([mine])
     assert "NOT comparable" in tables.text_differences(mine, reference_row("dolly-v2-3b", ""))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
