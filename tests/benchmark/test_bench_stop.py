@@ -16,7 +16,7 @@ import pytest
 
 from modelscope_dolly.benchmark import peers, suite
 from modelscope_dolly.benchmark.repeats import spread
-from modelscope_dolly.cli import main as cli
+from modelscope_dolly.cli.main import _one_stop, main
 from modelscope_dolly.errors import HardwareError
 from tests.support.models import TINY
 
@@ -115,7 +115,7 @@ def test_figures_survive_an_error_of_our_own_engine(monkeypatch, capsys):
         raise HardwareError("too large")
 
     monkeypatch.setattr(suite, "run_benchmark", fails)
-    assert cli.main(["bench", "--mixed", "2"]) == 2
+    assert main(["bench", "--mixed", "2"]) == 2
     out, err = capsys.readouterr()
     assert "dolly   int8" in out and out.splitlines()[-1] == "ended by an error; not measured: dolly int4"
     assert err == "dolly: too large\n"
@@ -144,7 +144,7 @@ def test_a_child_and_its_children_end_when_nobody_holds_their_input():
 
 def test_the_first_signal_counts_and_the_next_do_not_disturb():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with cli._one_stop() as received:
+    with _one_stop() as received:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)  # while things are put away

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from modelscope_dolly.checkpoint.writer import export_checkpoint
-from modelscope_dolly.cli import main as cli
+from modelscope_dolly.cli.main import MODEL_VARIABLE, main
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.evaluation import evaluate as evaluation
 from modelscope_dolly.evaluation import model_under_test, store
@@ -126,7 +126,7 @@ def test_batch_size_changes_nothing(checkpoint_dir, tmp_path, scorer):
 def test_an_interrupted_run_goes_on_and_gives_the_same_table(checkpoint_dir, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = ["eval", str(checkpoint_dir), "--data", str(EVALS), "--device", "cpu", "--output"]
-    assert cli.main([*arguments, str(whole)]) == 0
+    assert main([*arguments, str(whole)]) == 0
     ran, real = [], evaluation.run_task
 
     def stops_at_the_third(lm, name, *rest):
@@ -137,12 +137,12 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_table(checkpoint_dir, tmp
 
     monkeypatch.setattr(evaluation, "run_task", stops_at_the_third)
     capsys.readouterr()
-    assert cli.main([*arguments, str(parts)]) == 130
+    assert main([*arguments, str(parts)]) == 130
     assert "stopped in winogrande; 2 of 7 tasks are stored" in capsys.readouterr().err
     assert sorted(path.name for path in parts.glob("*/*.json")) == ["arc_easy.json", "openbookqa.json"]
     again = []
     monkeypatch.setattr(evaluation, "run_task", lambda lm, name, *rest: (again.append(name), real(lm, name, *rest))[1])
-    assert cli.main([*arguments, str(parts)]) == 0
+    assert main([*arguments, str(parts)]) == 0
     assert again == list(TASK_NAMES[2:])
     for name in ("table.md", "table.csv", "table.json"):
         assert (parts / name).read_text() == (whole / name).read_text()
@@ -224,7 +224,7 @@ def test_speed_is_stored(checkpoint_dir, tmp_path):
 def said(capsys, *arguments: str, code: int = 2) -> str:
     """The one line on standard error."""
     capsys.readouterr()
-    assert cli.main(["eval", *arguments]) == code
+    assert main(["eval", *arguments]) == code
     out, err = capsys.readouterr()
     assert out == "", out
     [line] = err.splitlines()
@@ -244,7 +244,7 @@ def test_unknown_names_suggest_the_nearest(checkpoint_dir, capsys):
 
 
 def test_missing_files_and_directories(checkpoint_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv(cli.MODEL_VARIABLE, raising=False)
+    monkeypatch.delenv(MODEL_VARIABLE, raising=False)
     assert "no such directory" in said(capsys, str(checkpoint_dir), "--data", str(tmp_path / "none"))
     shutil.copy(EVALS / "piqa.jsonl", tmp_path)
     assert "openbookqa.jsonl: missing; the directory has piqa.jsonl" in said(
@@ -290,7 +290,7 @@ def test_an_empty_file_is_said(tmp_path):
 def test_keys_are_needed_for_the_template_only(gptj_dir, tmp_path, capsys):
     arguments = (str(gptj_dir), "--data", str(EVALS), "--tasks", "piqa", "--output", str(tmp_path))
     assert "must be a single token" in said(capsys, *arguments, "--template", "dolly")
-    assert cli.main(["eval", *arguments]) == 0
+    assert main(["eval", *arguments]) == 0
 
 
 def test_a_model_that_does_not_fit_is_refused_with_numbers(checkpoint_dir, capsys, monkeypatch):
@@ -333,7 +333,7 @@ def test_code_of_a_repository_is_never_run(checkpoint_dir, tmp_path, capsys):
     code = {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}
     path.write_text(json.dumps(raw | {"auto_map": code}))
     arguments = (str(directory), "--data", str(EVALS), "--tasks", "piqa", "--output", str(tmp_path / "out"))
-    assert cli.main(["eval", *arguments]) == 0
+    assert main(["eval", *arguments]) == 0
     path.write_text(json.dumps(raw | {"auto_map": code, "model_type": "trap"}))
     said(capsys, *arguments)
     assert not (tmp_path / "ran").exists()
@@ -356,9 +356,9 @@ def test_a_check_that_cannot_pass_is_refused_before_anything_runs(checkpoint_dir
 
 def test_a_failed_check_is_exit_code_1(checkpoint_dir, tmp_path, capsys):
     arguments = ["eval", str(checkpoint_dir), "--data", str(EVALS), "--output", str(tmp_path)]
-    assert cli.main([*arguments, "--check-against", "card", "--row", "dolly-v2-3b"]) == 1
+    assert main([*arguments, "--check-against", "card", "--row", "dolly-v2-3b"]) == 1
     assert "does NOT reproduce dolly-v2-3b" in capsys.readouterr().out
-    assert cli.main([*arguments, "--check-against", "card", "--row", "dolly-v2-3b", "--json"]) == 1
+    assert main([*arguments, "--check-against", "card", "--row", "dolly-v2-3b", "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert facts["check"]["passed"] is False and "not the card's data" in facts["check"]["failures"][0]
     assert facts["this"]["model"] == "dolly-tiny"
@@ -396,7 +396,7 @@ def test_the_sets_of_the_card_are_exact(task, tmp_path):
 @needs_shared_data
 def test_hellaswag_is_reported_as_not_exact(capsys):
     data = SHARED_DATA / "evals"
-    assert cli.main(["eval", "--verify-data", "--data", str(data), "--tasks", "hellaswag", "openbookqa"]) == 1
+    assert main(["eval", "--verify-data", "--data", str(data), "--tasks", "hellaswag", "openbookqa"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["openbookqa", "openbookqa.jsonl"],
@@ -405,4 +405,4 @@ def test_hellaswag_is_reported_as_not_exact(capsys):
         ["hellaswag", "hellaswag_approx.jsonl"],
     ]
     assert [" NOT exact" in line for line in lines] == [False, True, True, True]
-    assert cli.main(["eval", "--verify-data", "--data", str(data), "--tasks", "openbookqa"]) == 0
+    assert main(["eval", "--verify-data", "--data", str(data), "--tasks", "openbookqa"]) == 0
