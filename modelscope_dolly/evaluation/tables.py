@@ -53,13 +53,9 @@ def text_differences(row: ResultRow, reference: ResultRow) -> str:
     if row.obstacles:
         return f"{row.name}: NOT comparable with the card: {'; '.join(row.obstacles)}"
     by_task = differences(row, reference)
-    width = max(map(len, TASK_NAMES)) + 2
-    lines = [
-        f"{row.name}, difference from the card's {reference.name}",
-        " " * 17 + "".join(f"{task:>{width}}" for task in by_task),
-        f"{'right answers':<17}" + "".join(f"{d.items:>+{width}}" for d in by_task.values()),
-        f"{'standard errors':<17}" + "".join(f"{d.errors:>+{width}.2f}" for d in by_task.values()),
-    ]
+    items = ["right answers", *(f"{difference.items:+}" for difference in by_task.values())]
+    errors = ["standard errors", *(f"{difference.errors:+.2f}" for difference in by_task.values())]
+    lines = [f"{row.name}, difference from the card's {reference.name}", *align([["", *by_task], items, errors])]
     if row.gmean is not None:
         away = row.gmean - reference.gmean
         lines.append(f"gmean {away:+.6f}, {away / reference.gmean_error:+.2f} standard errors")
@@ -124,7 +120,9 @@ def as_json(rows: Sequence[ResultRow]) -> list[dict]:
     ]  # fmt: skip
 
 
-def print_results(run: store.RunIdentity, output: Path, reference: ResultRow | None, check: bool, as_one: bool) -> int:
+def print_results(
+    run: store.RunIdentity, output: Path, reference: ResultRow | None, check: bool, json_wanted: bool
+) -> int:
     """Write the tables, print them, and return the exit code: 1 where `check` is wanted and fails.
 
     Args:
@@ -132,13 +130,13 @@ def print_results(run: store.RunIdentity, output: Path, reference: ResultRow | N
         output: its directory, whose other runs are shown too.
         reference: the published row to compare with.
         check: whether the run must reproduce the reference.
-        as_one: print one JSON object.
+        json_wanted: print one JSON object.
     """
     rows = all_rows(output)
     files = write_tables(output, rows)
     row = next(measured_row(results) for results in store.runs(output) if results[0].run == run)
     failed = failures(row, reference) if check else []
-    if as_one:
+    if json_wanted:
         results = {"rows": as_json(rows), "this": as_json([row])[0], "files": list(map(str, files))}
         results["check"] = {"passed": not failed, "failures": failed} if check else None
         print(json.dumps(results, indent=2))

@@ -237,6 +237,7 @@ def test_unknown_names_suggest_the_nearest(checkpoint_dir, capsys):
     assert "unknown task 'piqaa'. Did you mean 'piqa'?" in said(capsys, model, *data, "--tasks", "boolq,piqaa")
     assert "Did you mean 'dolly'?" in said(capsys, model, *data, "--template", "doly")
     assert "Did you mean 'shared'?" in said(capsys, model, *data, "--scorer", "share")
+    assert "--tasks names no task; allowed: openbookqa" in said(capsys, model, *data, "--tasks", ",")
     assert "--limit is 0" in said(capsys, model, *data, "--limit", "0")
     assert "--batch-size is '0'" in said(capsys, model, *data, "--batch-size", "0")
     assert "unknown dtype 'int2'" in said(capsys, model, *data, "--dtype", "int2")
