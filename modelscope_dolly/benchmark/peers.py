@@ -119,10 +119,10 @@ def run_mixed(job: dict, generate: Generate) -> dict:
     generate([ids for ids, _ in requests[:size]], warm_up(job, max(new for _, new in requests)))
     seconds = []
     for number in range(job["repeats"]):
-        begin, steps = time.perf_counter(), 0
-        for start in range(0, len(requests), size):
-            say(f"repeat {number + 1} of {job['repeats']}: {start} of {len(requests)} requests")
-            group = requests[start : start + size]
+        start, steps = time.perf_counter(), 0
+        for first in range(0, len(requests), size):
+            say(f"repeat {number + 1} of {job['repeats']}: {first} of {len(requests)} requests")
+            group = requests[first : first + size]
             longest = max(new for _, new in group)
             generate([ids for ids, _ in group], longest)
             steps += longest * len(group)
@@ -141,10 +141,8 @@ def load_hf(job: dict) -> Generate:
     torch.set_num_threads(job["threads"])
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     # straight onto the GPU: a copy in host memory first may not fit there
-    device_map = {"": job["device"]} if on_gpu(job) else None
-    model = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=dtypes[job["format"]], device_map=device_map
-    ).eval()
+    placement = {"": job["device"]} if on_gpu(job) else None
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtypes[job["format"]], device_map=placement).eval()
     options = {"cache_implementation": "static"} if job["engine"] == "hf-compile" else {}
 
     class Clock(BaseStreamer):

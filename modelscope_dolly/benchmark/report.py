@@ -33,9 +33,9 @@ def _machine(results: dict) -> str:
     return f"{machine['device']}{extra}{driver}, {threads}{versions}; {results['date']}"
 
 
-def _table(rows: Sequence[dict], columns: Sequence[Column]) -> list[str]:
-    """Aligned lines, two columns flush left; what disturbed a row stands behind it."""
-    lines = align([[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in rows)], left=2)
+def _table(rows: Sequence[dict], columns: Sequence[Column], left: int = 2) -> list[str]:
+    """Aligned lines, the first `left` columns flush left; what disturbed a row stands behind it."""
+    lines = align([[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in rows)], left)
     notes = ["", *(f"   ~ {', '.join(row['disturbed'])}" if row.get("disturbed") else "" for row in rows)]
     return [line + note for line, note in zip(lines, notes, strict=True)]
 
@@ -175,9 +175,9 @@ def _draft(results: dict) -> list[str]:
 def _quality(results: dict) -> list[str]:
     part = results["quality"]
     table = _table(part["rows"], [
-        _FORMAT, ("KL mean", lambda row: f"{row['kl_mean']:>10.2e}"), ("KL 99 %", lambda row: f"{row['kl_p99']:.2e}"),
-        ("top-1 same", lambda row: f"{row['top1']:.2%}"), ("perplexity", _number("perplexity", 4)),
-    ])  # fmt: skip
+        _FORMAT, ("KL mean", lambda row: f"{row['kl_mean']:.2e}"), ("KL 99 %", lambda row: f"{row['kl_p99']:.2e}"),
+        ("top-1 same", lambda row: f"{row['top1']:.2%}"), ("perplexity", lambda row: f"{row['perplexity']:.4f}"),
+    ], left=1)  # fmt: skip
     lines = [
         f"{part['model']}: {part['tokens']} tokens of {part['records']} answers from {part['data']}, each "
         f"predicted from the right tokens before it; reference {part['reference']}",

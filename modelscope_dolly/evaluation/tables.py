@@ -120,9 +120,7 @@ def as_json(rows: Sequence[ResultRow]) -> list[dict]:
     ]  # fmt: skip
 
 
-def print_results(
-    run: store.RunIdentity, output: Path, reference: ResultRow | None, check: bool, json_wanted: bool
-) -> int:
+def print_results(run: store.RunIdentity, output: Path, reference: ResultRow | None, check: bool, in_json: bool) -> int:
     """Write the tables, print them, and return the exit code: 1 where `check` is wanted and fails.
 
     Args:
@@ -130,13 +128,13 @@ def print_results(
         output: its directory, whose other runs are shown too.
         reference: the published row to compare with.
         check: whether the run must reproduce the reference.
-        json_wanted: print one JSON object.
+        in_json: print one JSON object.
     """
     rows = all_rows(output)
     files = write_tables(output, rows)
     row = next(measured_row(results) for results in store.runs(output) if results[0].run == run)
     failed = failures(row, reference) if check else []
-    if json_wanted:
+    if in_json:
         results = {"rows": as_json(rows), "this": as_json([row])[0], "files": list(map(str, files))}
         results["check"] = {"passed": not failed, "failures": failed} if check else None
         print(json.dumps(results, indent=2))
