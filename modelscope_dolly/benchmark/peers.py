@@ -3,8 +3,8 @@
     python peers.py '{"engine": "hf", "model": "DIR", "prompts": {"1": [[...]]}, ...}'
 
 This file runs under interpreters that have neither this package nor its dependencies: it imports the standard library
-at the top, and an engine's own packages where the engine is made. What it finds goes to standard output, one JSON
-object per line: {"phase": text} while it works, {"partial": {...}} with all that is measured so far, {"result": {...}}
+at the top, and an engine's own packages where the engine is made. Figures go to standard output, one JSON object per
+line: {"phase": text} while it works, {"partial": {...}} with all that is measured so far, {"result": {...}}
 at the end.
 
 Two ways of working, both through what a user of the engine would call:
@@ -36,7 +36,7 @@ def say(phase: str) -> None:
 
 
 def tell(partial: dict) -> None:
-    """What is measured so far, in case this process is stopped before its end."""
+    """What is measured so far: kept if this process is stopped before its end."""
     print(json.dumps({"partial": partial}), flush=True)
 
 
@@ -63,9 +63,9 @@ def on_gpu(job: dict) -> bool:
 
 
 def peak(job: dict, reset: bool = False) -> int | None:
-    """Most bytes since the last reset: of GPU memory where that is where the engine works, as torch counts it.
+    """Most bytes since the last reset: of memory, or of GPU memory as torch counts it.
 
-    None for an engine that takes it past torch, or in a process of its own.
+    None for an engine that allocates GPU memory without torch, or in a process of its own.
     """
     if not on_gpu(job):
         return peak_memory(reset)
@@ -78,11 +78,6 @@ def peak(job: dict, reset: bool = False) -> int | None:
     return most or None
 
 
-def warm_up(job: dict, longest: int) -> int:
-    """New tokens of a warm-up: two; on a GPU as many as are measured, since what is compiled there fits one length."""
-    return longest if on_gpu(job) else 2
-
-
 def peak_memory(reset: bool = False) -> int:
     """Most bytes of memory that this process held since the last reset (where the system can reset it), then reset."""
     try:
@@ -92,8 +87,16 @@ def peak_memory(reset: bool = False) -> int:
             Path("/proc/self/clear_refs").write_text("5")
         return peak
     except (OSError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return _largest_size(resource.RUSAGE_SELF)
+
+
+def _largest_size(who: int) -> int:
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def warm_up(job: dict, longest: int) -> int:
+    """New tokens of a warm-up: two; on a GPU as many as are measured, since what is compiled there fits one length."""
+    return longest if on_gpu(job) else 2
 
 
 def measure(job: dict, generate: Generate) -> Iterator[dict]:
@@ -116,15 +119,14 @@ def run_mixed(job: dict, generate: Generate) -> dict:
     generate([ids for ids, _ in requests[:size]], warm_up(job, max(new for _, new in requests)))
     seconds = []
     for number in range(job["repeats"]):
-        begin = time.perf_counter()
-        steps = 0
-        for start in range(0, len(requests), size):
-            say(f"repeat {number + 1} of {job['repeats']}: {start} of {len(requests)} requests")
-            group = requests[start : start + size]
+        start, steps = time.perf_counter(), 0
+        for first in range(0, len(requests), size):
+            say(f"repeat {number + 1} of {job['repeats']}: {first} of {len(requests)} requests")
+            group = requests[first : first + size]
             longest = max(new for _, new in group)
             generate([ids for ids, _ in group], longest)
             steps += longest * len(group)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - start)
     return {"seconds": seconds, "slot_steps": steps, "useful_steps": sum(new for _, new in requests)}
 
 
@@ -139,8 +141,8 @@ def load_hf(job: dict) -> Generate:
     torch.set_num_threads(job["threads"])
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     # straight onto the GPU: a copy in host memory first may not fit there
-    place = {"": job["device"]} if on_gpu(job) else None
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtypes[job["format"]], device_map=place).eval()
+    placement = {"": job["device"]} if on_gpu(job) else None
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtypes[job["format"]], device_map=placement).eval()
     options = {"cache_implementation": "static"} if job["engine"] == "hf-compile" else {}
 
     class Clock(BaseStreamer):
@@ -157,15 +159,16 @@ def load_hf(job: dict) -> Generate:
 
     def generate(prompts: list[list[int]], new: int) -> tuple[list[list[int]], list[float]]:
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(one)) + one for one in prompts], device=job["device"])
-        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=job["device"])
-        clock, begin = Clock(), time.perf_counter()
-        # eos_token_id=None: random weights may stop at any place, and all engines must make as many tokens
-        made = model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None,
-            pad_token_id=0, streamer=clock, top_p=None, top_k=None, **options,
+        padded = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        clock, start = Clock(), time.perf_counter()
+        # eos_token_id=None: random weights may stop anywhere, and all engines must generate as many tokens
+        ids = model.generate(
+            torch.tensor(padded, device=job["device"]), attention_mask=torch.tensor(mask, device=job["device"]),
+            max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, streamer=clock,
+            top_p=None, top_k=None, **options,
         )  # fmt: skip
-        return made[:, width:].tolist(), [moment - begin for moment in clock.times[1:]]
+        return ids[:, width:].tolist(), [moment - start for moment in clock.times[1:]]
 
     return generate
 
@@ -178,9 +181,9 @@ def load_ctranslate2(job: dict) -> Generate:
     if not converted.exists():
         say("converting the checkpoint")
         converters = importlib.import_module("ctranslate2.converters")
-        converter = converters.TransformersConverter(job["model"], low_cpu_mem_usage=True)
-        converter.convert(str(converted), quantization=compute)
-        del converter
+        converters.TransformersConverter(job["model"], low_cpu_mem_usage=True).convert(
+            str(converted), quantization=compute
+        )
         gc.collect()
     peak_memory(reset=True)
     job["began"] = time.perf_counter()
@@ -194,19 +197,19 @@ def load_ctranslate2(job: dict) -> Generate:
 
     def generate(prompts: list[list[int]], new: int) -> tuple[list[list[int]], list[float]]:
         times: list[float] = []
-        begin = time.perf_counter()
+        start = time.perf_counter()
 
         def step(result) -> bool:
             if result.step == len(times):
                 times.append(0.0)
-            times[result.step] = time.perf_counter() - begin  # of the last answer of the batch
+            times[result.step] = time.perf_counter() - start  # of the last answer of the batch
             return False
 
-        found = model.generate_batch(
-            [[names[one] for one in ids] for ids in prompts], max_length=new, min_length=new, beam_size=1,
+        answers = model.generate_batch(
+            [[names[token] for token in ids] for ids in prompts], max_length=new, min_length=new, beam_size=1,
             sampling_topk=1, include_prompt_in_result=False, end_token=[], callback=step,
         )  # fmt: skip
-        return [one.sequences_ids[0] for one in found], times
+        return [answer.sequences_ids[0] for answer in answers], times
 
     return generate
 
@@ -221,16 +224,16 @@ def load_vllm(job: dict) -> Generate:
 
     def call(prompts: list[list[int]], new: int) -> list[list[int]]:
         settings = engine.SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True)
-        found = model.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
-        return [list(one.outputs[0].token_ids) for one in found]
+        answers = model.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+        return [list(answer.outputs[0].token_ids) for answer in answers]
 
     def generate(prompts: list[list[int]], new: int) -> tuple[list[list[int]], list[float]]:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         call(prompts, 1)
-        first = time.perf_counter() - begin
-        begin = time.perf_counter()
+        first = time.perf_counter() - start
+        start = time.perf_counter()
         answers = call(prompts, new)
-        rest = max(0.0, time.perf_counter() - begin - first)
+        rest = max(0.0, time.perf_counter() - start - first)
         return answers, [first + rest * number / max(1, new - 1) for number in range(new)]
 
     return generate
@@ -238,18 +241,13 @@ def load_vllm(job: dict) -> Generate:
 
 def run_llamacpp(job: dict) -> dict:
     """llama.cpp's own program llama-batched-bench on a GGUF file, which llama.cpp's convert_hf_to_gguf.py writes."""
-    longest = max(len(prompts) for prompts in job["prompts"].values())
+    most = max(len(prompts) for prompts in job["prompts"].values())
     width = max(len(ids) for prompts in job["prompts"].values() for ids in prompts)
-    command = [job["program"], "-m", job["gguf"], "-npp", str(width), "-ntg", str(job["new_tokens"])]
-    command += [
-        "-npl",
-        ",".join(job["prompts"]),
-        "-t",
-        str(job["threads"]),
-        "-c",
-        str(longest * (width + job["new_tokens"]) + 64),
-    ]
-    command += ["--output-format", "jsonl", "-ngl", "999" if on_gpu(job) else "0"]
+    command = [
+        job["program"], "-m", job["gguf"], "-npp", str(width), "-ntg", str(job["new_tokens"]),
+        "-npl", ",".join(job["prompts"]), "-t", str(job["threads"]), "-c", str(most * (width + job["new_tokens"]) + 64),
+        "--output-format", "jsonl", "-ngl", "999" if on_gpu(job) else "0",
+    ]  # fmt: skip
     rows = {int(batch): {"batch": int(batch), "first_token_s": [], "step_s": []} for batch in job["prompts"]}
     for number in range(job["repeats"]):
         say(f"{number + 1} of {job['repeats']}")
@@ -258,11 +256,11 @@ def run_llamacpp(job: dict) -> dict:
             raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
         for line in done.stdout.splitlines():
             if line.startswith("{"):
-                found = json.loads(line)
-                rows[found["pl"]]["first_token_s"].append(found["t_pp"])
-                rows[found["pl"]]["step_s"].append(found["t_tg"] / found["tg"])
-    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"rows": list(rows.values()), "peak_bytes": None if on_gpu(job) else most, "version": None}
+                timing = json.loads(line)
+                rows[timing["pl"]]["first_token_s"].append(timing["t_pp"])
+                rows[timing["pl"]]["step_s"].append(timing["t_tg"] / timing["tg"])
+    peak_bytes = None if on_gpu(job) else _largest_size(resource.RUSAGE_CHILDREN)
+    return {"rows": list(rows.values()), "peak_bytes": peak_bytes, "version": None}
 
 
 LOADERS = {"hf": load_hf, "hf-compile": load_hf, "ctranslate2": load_ctranslate2, "vllm": load_vllm}
@@ -280,7 +278,7 @@ GPU_FORMATS = {"ctranslate2": ("bf16", "fp16")}
 
 
 def run(job: dict, load: Callable[[dict], Generate]) -> dict:
-    """Load, measure, and tell. Seconds and bytes; `load` may set job["began"] anew, behind what is done only once."""
+    """Load and measure. Seconds and bytes; `load` may set job["began"] again, after what is done only once."""
     peak(job, reset=True)
     job["began"] = time.perf_counter()
     say("loading")
@@ -306,7 +304,7 @@ if __name__ == "__main__":
         if given.get("probe"):
             importlib.import_module(PACKAGES[given["engine"]])
         else:
-            found = run_llamacpp(given) if given["engine"] == "llamacpp" else run(given, LOADERS[given["engine"]])
-            print(json.dumps({"result": found}), flush=True)
+            result = run_llamacpp(given) if given["engine"] == "llamacpp" else run(given, LOADERS[given["engine"]])
+            print(json.dumps({"result": result}), flush=True)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Our own engine's part of `dolly bench`: runs in a process of its own, as the peers do, and speaks as they do.
+"""Our own engine's part of `dolly bench`: runs in a process of its own and speaks as the peers do (peers.py).
 
 python -m modelscope_dolly.benchmark.worker '{"engine": "dolly", "model": "DIR", ...}'
 """
@@ -9,140 +9,81 @@ import json
 import sys
 import time
 
-SPAWNED = time.time()  # for a process that is not told when it was started
-
-from typing import TYPE_CHECKING, Any  # noqa: E402
-
-from modelscope_dolly.benchmark import peers  # noqa: E402
-from modelscope_dolly.errors import DollyError  # noqa: E402
-
-if TYPE_CHECKING:
-    from modelscope_dolly.engine.engine import Engine, Request
-    from modelscope_dolly.load import Dolly
+from modelscope_dolly.benchmark import peers
+from modelscope_dolly.errors import DollyError
 
 
-def load_dolly(job: dict) -> Dolly:
-    """The checkpoint in the job's format: a number type, or int8 or int4."""
-    from modelscope_dolly.load import load
+def load_generate(job: dict) -> peers.Generate:
+    """As the loaders of peers.py. Sets job["held"], see hardware_limits.bytes_per_step."""
+    from modelscope_dolly.benchmark.own_engine import answer, held_format, load_engine
 
-    more = {"quantize": job["format"] if job["format"] in ("int8", "int4") else None, "draft": job.get("draft")}
-    return load(job["model"], job["device"], job["dtype"], threads=job["threads"], **more)
-
-
-def loader(job: dict) -> peers.Generate:
-    """As the loaders of peers.py. Sets job["held"], see limits.bytes_per_step."""
-    from modelscope_dolly.engine.engine import Request
-    from modelscope_dolly.engine.sampling import Sampling
-    from modelscope_dolly.kernels.quantized_linear import BF16Linear
-
-    engine = load_dolly(job).responder.engine
-    job["held"] = "bf16" if isinstance(engine.net.embed_out, BF16Linear) else None
+    engine = load_engine(job)
+    job["held"] = held_format(engine)
 
     def generate(prompts: list[list[int]], new: int) -> tuple[list[list[int]], list[float]]:
-        requests = [Request(ids, new, Sampling(do_sample=False)) for ids in prompts]
-        answers: list[list[int]] = [[] for _ in prompts]
-        elapsed = [0.0] * new
-        begin = time.perf_counter()
-        for token in engine.run(requests, slots=len(prompts)):
-            elapsed[len(answers[token.index])] = time.perf_counter() - begin  # of the last answer of the batch
-            answers[token.index].append(token.id)
-        return answers, elapsed
+        run = answer(engine, [(ids, new) for ids in prompts], slots=len(prompts))
+        return run.answers, [max(step) for step in zip(*run.token_seconds, strict=True)]
 
     return generate
 
 
 def run_mixed(job: dict) -> dict:
     """All requests through the slots, each refilled when its answer ends."""
-    from modelscope_dolly.engine.engine import Request, RunStats
-    from modelscope_dolly.engine.sampling import Sampling
+    from modelscope_dolly.benchmark.own_engine import answer, load_engine
 
     peers.peak(job, reset=True)
-    engine = load_dolly(job).responder.engine
-    requests = [Request(ids, new, Sampling(do_sample=False)) for ids, new in job["requests"]]
+    engine, requests = load_engine(job), job["requests"]
     slots = min(job["slots"], len(requests))
-    if peers.on_gpu(job):  # what is recorded there is for one size of cache and for each number of answers
-        run_timed(engine, requests, slots, RunStats())
-    else:
-        run_timed(engine, [Request(one.ids, 2, one.sampling) for one in requests[:slots]], slots, RunStats())
+    # on a GPU graphs are captured for one size of cache and for each number of sequences
+    answer(engine, requests if peers.on_gpu(job) else [(ids, 2) for ids, _ in requests[:slots]], slots)
     seconds = []
     for number in range(job["repeats"]):
         peers.say(f"repeat {number + 1} of {job['repeats']}")
-        stats = RunStats()
-        seconds.append(run_timed(engine, requests, slots, stats))
-    useful = sum(one.max_new_tokens for one in requests)
-    # the first token of each answer comes with its prompt; every other step works for all slots, used or not
-    slot_steps = len(requests) + stats.decode_steps * slots
+        run = answer(engine, requests, slots)
+        seconds.append(run.seconds)
     return {
-        "seconds": seconds,
-        "slot_steps": slot_steps,
-        "useful_steps": useful,
-        "peak_bytes": peers.peak(job),
-    }
-
-
-def run_timed(engine: Engine, requests: list[Request], slots: int, stats: Any) -> float:
-    begin = time.perf_counter()
-    for _ in engine.run(requests, slots, stats):
-        pass
-    return time.perf_counter() - begin
+        "seconds": seconds, "useful_steps": sum(new for _, new in requests), "peak_bytes": peers.peak(job),
+        # the first token of each answer comes with its prompt; every other step computes all slots, used or not
+        "slot_steps": len(requests) + run.decode_steps * slots,
+    }  # fmt: skip
 
 
 def run_cold(job: dict) -> dict:
-    """One start: seconds of each phase from the moment the process was asked for to its first token.
-
-    The phases of load() are timed by wrapping the two functions it is made of.
-    """
+    """One start: seconds of each phase from the moment the process was asked for to its first token."""
     # load() imports these when it first needs them; here they count as import
     from transformers import GPTNeoXConfig, PreTrainedTokenizerFast  # noqa: F401
 
-    from modelscope_dolly import load as loading
-    from modelscope_dolly.engine.engine import Request
-    from modelscope_dolly.engine.sampling import Sampling
+    from modelscope_dolly.benchmark.own_engine import answer, load_in_phases
 
-    phases = {"import": time.time() - job.get("spawned", SPAWNED), "check": 0.0, "read_and_place": 0.0}
+    phases = {"import": time.time() - job["spawned"]}
+    engine, loading = load_in_phases(job)
+    first = answer(engine, [(job["prompt"], 1)], slots=1)
+    return {"phases": {**phases, **loading, "first_step": first.seconds}, "peak_bytes": peers.peak(job)}
 
-    def timed(name: str, work: Any) -> Any:
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return work(*arguments, **keywords)
-            finally:
-                phases[name] += time.perf_counter() - begin
 
-        return run
+def run_job(job: dict) -> dict:
+    if "limits" in job:
+        from modelscope_dolly.benchmark.hardware_limits import run_limits
 
-    loading.open_checkpoint = timed("check", loading.open_checkpoint)
-    loading.load_network = timed("read_and_place", loading.load_network)
-    begin = time.perf_counter()
-    engine = load_dolly(job).responder.engine
-    phases["rest_of_load"] = time.perf_counter() - begin - phases["check"] - phases["read_and_place"]
-    begin = time.perf_counter()
-    engine.generate([Request(job["prompt"], 1, Sampling(do_sample=False))])
-    phases["first_step"] = time.perf_counter() - begin
-    return {"phases": phases, "peak_bytes": peers.peak(job)}
+        return run_limits(job)
+    if "prompt" in job:
+        return run_cold(job)
+    if "requests" in job:
+        return run_mixed(job)
+    if "lookup" in job:
+        from modelscope_dolly.benchmark.prompt_lookup_speed import run_lookup
+
+        return run_lookup(job)
+    if "draft" in job:
+        from modelscope_dolly.benchmark.draft_model_speed import run_draft
+
+        return run_draft(job)
+    return peers.run(job, load_generate)
 
 
 def main() -> int:
-    job = peers.read_job()
     try:
-        if "limits" in job:
-            from modelscope_dolly.benchmark.limits import run_limits
-
-            result = run_limits(job)
-        elif "prompt" in job:
-            result = run_cold(job)
-        elif "requests" in job:
-            result = run_mixed(job)
-        elif "lookup" in job:
-            from modelscope_dolly.benchmark.lookup import run_lookup
-
-            result = run_lookup(load_dolly(job).responder.engine, job)
-        elif "draft" in job:
-            from modelscope_dolly.benchmark.drafting import run_draft
-
-            result = run_draft(load_dolly(job), job)
-        else:
-            result = peers.run(job, loader)
+        result = run_job(peers.read_job())
     except DollyError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 2

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from modelscope_dolly.benchmark.options import add_options, settings_of
+from modelscope_dolly.benchmark.bench_options import add_options, settings_of
 from modelscope_dolly.errors import DollyError
 
 SUMMARY = "speed beside this machine's limit and beside other engines"
@@ -19,25 +19,25 @@ add_arguments = add_options
 
 def run(options: argparse.Namespace) -> int:
     settings = settings_of(options)
-    from modelscope_dolly.benchmark.report import report
-    from modelscope_dolly.benchmark.run import bench, figures
+    from modelscope_dolly.benchmark.report import format_report
+    from modelscope_dolly.benchmark.suite import has_figures, run_benchmark
 
     results: dict = {}
     code = 0
     with interrupt_once() as received:  # a run that is stopped still reports what it has measured
         try:
-            bench(settings, results)
+            run_benchmark(settings, results)
         except KeyboardInterrupt:
             number = received[0] if received else signal.SIGINT
             results["stopped"], code = number.name, 128 + number
         except DollyError as error:
             results["error"] = str(error)
-            if not figures(results):
+            if not has_figures(results):
                 raise
-    if "stopped" in results and not figures(results):
+    if "stopped" in results and not has_figures(results):
         print(f"dolly: stopped by {results['stopped']} before anything was measured", file=sys.stderr)
         return code
-    print(json.dumps(results, indent=2) if options.json else report(results))
+    print(json.dumps(results, indent=2) if options.json else format_report(results))
     if "error" in results:
         raise DollyError(results["error"])
     return code

@@ -32,50 +32,43 @@ def add_options(parser: argparse.ArgumentParser, variable: str) -> None:
 
 def run(options: argparse.Namespace, model: str | None) -> int:
     """The exit code: 1 where data are not exact or the card is not reproduced, as asked for."""
-    from modelscope_dolly.evaluation import results
-    from modelscope_dolly.evaluation.rows import check_can_pass, published_rows, reference_row
+    from modelscope_dolly.evaluation import tables
+    from modelscope_dolly.evaluation.comparison import check_can_pass, published_rows, reference_row
+    from modelscope_dolly.evaluation.published import TASK_NAMES
 
     if options.published:
         rows = published_rows()
-        print(json.dumps(results.as_json(rows), indent=2) if options.json else results.text_table(rows))
+        print(json.dumps(tables.as_json(rows), indent=2) if options.json else tables.text_table(rows))
         return 0
+    # --tasks takes spaces or commas between names; each counts once, in the card's order, unknown ones first
+    names = {name for part in options.tasks or TASK_NAMES for name in part.split(",") if name}
+    tasks = tuple(sorted(names, key=lambda name: TASK_NAMES.index(name) if name in TASK_NAMES else -1))
+    data = None if options.data is None else Path(options.data).expanduser()
     if options.verify_data:
-        return _verify_data(options)
+        return _verify_data(tasks, data, options.json)
     if not model:
         raise SettingError("no model named: dolly eval DIRECTORY_OR_HUB_ID")
     reference = reference_row(options.row, model)
     if options.check_against:
         check_can_pass(model, reference, options.limit, options.template)
-    from modelscope_dolly.evaluation.run import Settings, evaluate
+    from modelscope_dolly.evaluation.evaluate import EvalSettings, evaluate
 
-    names = ("revision", "limit", "batch_size", "device", "dtype", "softmax_dtype", "template", "scorer")
-    given = {name: getattr(options, name) for name in names}
-    output = Path(options.output)
-    found = evaluate(Settings(model, tasks=_tasks(options), data=_data(options), output=output, **given))
-    return results.report(found, output, reference, bool(options.check_against), options.json)
-
-
-def _tasks(options: argparse.Namespace) -> tuple[str, ...]:
-    """Of --tasks, with spaces or commas between them; each once, in the card's order."""
-    from modelscope_dolly.evaluation.published import NAMES
-
-    given = [name for part in options.tasks or NAMES for name in part.split(",") if name]
-    return tuple(sorted(set(given), key=lambda name: NAMES.index(name) if name in NAMES else -1))
+    values = {name: getattr(options, name) for name in EvalSettings.__dataclass_fields__}
+    values |= {"model": model, "tasks": tasks, "data": data, "output": Path(options.output)}
+    settings = EvalSettings(**values)
+    run = evaluate(settings)[0].run
+    return tables.print_results(run, settings.output, reference, bool(options.check_against), options.json)
 
 
-def _data(options: argparse.Namespace) -> Path | None:
-    return None if options.data is None else Path(options.data).expanduser()
+def _verify_data(tasks: tuple[str, ...], data: Path | None, as_json: bool) -> int:
+    from modelscope_dolly.evaluation.evaluate import verify
 
-
-def _verify_data(options: argparse.Namespace) -> int:
-    from modelscope_dolly.evaluation.run import verify
-
-    findings = verify(_tasks(options), _data(options))
-    if options.json:
+    findings = verify(tasks, data)
+    if as_json:
         print(json.dumps(findings, indent=2))
     else:
-        for found in findings:
-            verdict = "exact" if found["exact"] else f"NOT exact: {found['note']}"
-            print(f"{found['task']:<15}{found['file']:<24}{verdict}")
-    exact = {found["task"] for found in findings if found["exact"]}
-    return 0 if exact == {found["task"] for found in findings} else 1
+        for finding in findings:
+            verdict = "exact" if finding["exact"] else f"NOT exact: {finding['note']}"
+            print(f"{finding['task']:<15}{finding['file']:<24}{verdict}")
+    exact = {finding["task"] for finding in findings if finding["exact"]}
+    return 0 if exact == {finding["task"] for finding in findings} else 1

@@ -1,7 +1,7 @@
 """lm-eval: its tasks over our data, its HFLM on our model. The only file that imports it.
 
 The card was made with lm-eval of April 2023, zero-shot, without a prompt template. lm-eval 0.4.13 asks the same, which
-`data.is_exact` proves for given data.
+`task_data.is_exact` proves for given data.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from modelscope_dolly.errors import SettingError, one_line
-from modelscope_dolly.evaluation.data import data_file, read_rows
-from modelscope_dolly.evaluation.shared_prefix import Scorer
+from modelscope_dolly.evaluation.shared_prefix import Scorer, TokenCounts
+from modelscope_dolly.evaluation.task_data import data_file, read_rows
 from modelscope_dolly.files import file_sha256
 from modelscope_dolly.prompt import DollyTokenizer
 
@@ -48,23 +48,24 @@ _TASK_FILES = {
 _HF_CPU_BATCH = 8
 
 
-#: lm-eval's task, identity of its data, its version.
-Task = tuple[Any, str, str]
+class LoadedTask(NamedTuple):
+    """lm-eval's task, its version, and its data: sha256 of the file, or "hub:" and that of all downloaded rows."""
+
+    task: Any
+    data: str
+    version: str
 
 
 @contextmanager
-def card_tasks(names: Sequence[str], data: Path | None) -> Iterator[dict[str, tuple[Any, str, str]]]:
-    """lm-eval's tasks over local files, or over what it downloads: name -> (task, identity of the data, version).
-
-    The identity is the sha256 of the file, or "hub:" and that of all downloaded rows.
-    """
+def card_tasks(names: Sequence[str], data: Path | None) -> Iterator[dict[str, LoadedTask]]:
+    """lm-eval's tasks by name, over the files in `data`, or over what lm-eval downloads."""
     files = {name: data_file(data, name) for name in names} if data is not None else {}
     rows = {name: read_rows(path, name) for name, path in files.items()}
     with tempfile.TemporaryDirectory(prefix="dolly-eval-") as temporary, _lean():
-        place = Path(temporary)
         for name in names:
-            (place / f"card_{name}.yaml").write_text(json.dumps(_task_file(place, name, rows.get(name))), "utf-8")
-        manager = TaskManager(include_path=str(place), include_defaults=False)
+            task_file = _task_file(Path(temporary), name, rows.get(name))
+            Path(temporary, f"card_{name}.yaml").write_text(json.dumps(task_file), "utf-8")
+        manager = TaskManager(include_path=temporary, include_defaults=False)
         tasks = {}
         for name in names:
             try:
@@ -73,18 +74,18 @@ def card_tasks(names: Sequence[str], data: Path | None) -> Iterator[dict[str, tu
                 source = files.get(name, "its data set cannot be had from the hub; give local files with --data")
                 raise SettingError(f"{name}: {source} ({type(error).__name__}: {one_line(error, 160)})") from None
             identity = file_sha256(files[name]) if name in files else f"hub:{_rows_sha256(task)}"
-            tasks[name] = (task, identity, str(task.VERSION))
+            tasks[name] = LoadedTask(task, identity, str(task.VERSION))
         yield tasks
 
 
-def _task_file(place: Path, name: str, rows: list[dict] | None) -> dict:
-    """lm-eval's own task under another name; JSON is YAML. With `rows`, over a file in `place`."""
+def _task_file(directory: Path, name: str, rows: list[dict] | None) -> dict:
+    """lm-eval's own task under another name; JSON is YAML. With `rows`, over a file written to `directory`."""
     file, split = _TASK_FILES[name]
     task = {"include": str(Path(lm_eval.__file__).parent / "tasks" / file), "task": f"card_{name}"}
     if rows is None:
         return task
-    (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    source = {"data_files": {split: str(place / f"{name}.jsonl")}, "cache_dir": str(place / "cache")}
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    source = {"data_files": {split: str(directory / f"{name}.jsonl")}, "cache_dir": str(directory / "cache")}
     splits = {f"{other}_split": None for other in ("training", "validation", "test")} | {f"{split}_split": split}
     return {**task, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": source, **splits}
 
@@ -97,13 +98,13 @@ def _rows_sha256(task: Any) -> str:
 
 
 def _gold(task: Any, doc: dict) -> int:
-    """Number of the right choice; WinoGrande's choices are contexts, and its task says the right one in their place."""
+    """Index of the correct choice; WinoGrande's choices are contexts, and its doc_to_text gives the index instead."""
     text = task.doc_to_text(doc)
     return text if isinstance(text, int) else int(task.doc_to_target(doc))
 
 
 def requests_and_gold(task: Any) -> tuple[list[list[tuple[str, str]]], list[int]]:
-    """(context, continuation) of each choice of each document, and the number of each right choice."""
+    """(context, continuation) of each choice of each document, and the index of each correct choice."""
     with _lean():
         task.build_all_requests(limit=None, rank=0, world_size=1)
         gold = [_gold(task, doc) for doc in task.eval_docs]
@@ -112,7 +113,7 @@ def requests_and_gold(task: Any) -> tuple[list[list[tuple[str, str]]], list[int]
 
 
 class CardLM(HFLM):
-    """lm-eval's HFLM on a loaded model, which also counts tokens.
+    """lm-eval's HFLM on a loaded model; counts tokens in `counts`.
 
     Args:
         model, tokenizer: transformers'.
@@ -126,15 +127,11 @@ class CardLM(HFLM):
             batch_size = str(_HF_CPU_BATCH)
         with _lean():
             super().__init__(
-                pretrained=model,
-                tokenizer=tokenizer,
-                batch_size=batch_size,
-                max_batch_size=64,
-                add_bos_token=False,
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=64, add_bos_token=False,
                 softmax_dtype=softmax_dtype,
-            )
+            )  # fmt: skip
         self.prompt = prompt
-        self.asked = self.useful = self.computed = 0
+        self.counts = TokenCounts()
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.prompt is None:
@@ -146,8 +143,9 @@ class CardLM(HFLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         self._check_lengths(requests)
+        self.counts.ask([(context, continuation) for _, context, continuation in requests], self.max_length)
         # HFLM computes a sequence once for all requests that differ in its last token only.
-        self.useful += sum(len(tokens) for tokens in {(*c, *x[:-1]) for _, c, x in requests})
+        self.counts.useful += sum(len(tokens) for tokens in {(*c, *x[:-1]) for _, c, x in requests})
         return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
     def _check_lengths(self, requests) -> None:
@@ -156,10 +154,9 @@ class CardLM(HFLM):
             raise SettingError(
                 f"a choice has {longest} tokens, the model's window {self.max_length}; use another model"
             )
-        self.asked += sum(len(context) + len(continuation) - 1 for _, context, continuation in requests)
 
     def _model_call(self, inps, *arguments, **keywords):
-        self.computed += inps.numel()
+        self.counts.computed += inps.numel()
         return super()._model_call(inps, *arguments, **keywords)
 
 
@@ -170,13 +167,14 @@ class SharedPrefixLM(CardLM):
         super().__init__(model, tokenizer, batch_size, softmax_dtype, prompt)
         rows = None if batch_size == "auto" else int(batch_size)
         self.scorer = Scorer(model, self.max_length, rows, softmax_dtype)
+        self.counts = self.scorer.counts
         self._known: dict[str, list[int]] = {}
         self._sizes: list[int] = []
 
     def loglikelihood(self, requests, disable_tqdm: bool = False):
-        self._sizes = [len(list(group)) for _, group in itertools.groupby(requests, key=lambda one: one.doc_id)]
+        self._sizes = [len(list(group)) for _, group in itertools.groupby(requests, key=lambda request: request.doc_id)]
         if self.prompt is None:
-            texts = {text for one in requests for text in (one.args[0], "".join(one.args)) if text}
+            texts = {text for request in requests for text in (request.args[0], "".join(request.args)) if text}
             encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # all CPU cores at once
             self._known = dict(zip(texts, encoded, strict=True))
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -190,33 +188,26 @@ class SharedPrefixLM(CardLM):
         documents = [list(itertools.islice(pairs, size)) for size in self._sizes]
         with tqdm(total=len(requests), desc="Scoring", unit="requests", disable=None, leave=False) as bar:
             scores = self.scorer.score(documents, bar.update)
-        self.useful, self.computed = self.scorer.work.useful, self.scorer.work.computed
         return list(itertools.chain.from_iterable(scores))
 
 
 def score(lm: CardLM, task: Any, limit: int | None, plain: bool = False) -> list[dict]:
-    """lm-eval's samples of one task in the order of the documents; `gold` is the number of the right choice.
+    """lm-eval's samples of one task in the order of the documents; `gold` is the index of the correct choice.
 
-    With `plain`, requests are built as slowly as lm-eval does by itself, for a comparison.
+    With `plain`, each template is compiled as often as lm-eval does by itself, for a comparison of speed.
     """
     with _lean(compile_once=not plain):
-        found = lm_eval.evaluate(
-            lm,
-            {"tasks": {task.config.task: task}, "groups": {}, "group_map": {}},
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
-        logged = sorted(found["samples"][task.config.task], key=lambda sample: sample["doc_id"])
-        return [{**sample, "gold": _gold(task, sample["doc"])} for sample in logged]
+        tasks = {"tasks": {task.config.task: task}, "groups": {}, "group_map": {}}
+        results = lm_eval.evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+        samples = sorted(results["samples"][task.config.task], key=lambda sample: sample["doc_id"])
+        return [{**sample, "gold": _gold(task, sample["doc"])} for sample in samples]
 
 
 @contextmanager
 def _lean(compile_once: bool = True) -> Iterator[None]:
-    """Without lm-eval's bars and log lines, which it writes into log files too, and with each template compiled once.
+    """Without lm-eval's progress bars and log lines, which end up in log files too, and with templates compiled once.
 
-    lm-eval compiles the Jinja template of a prompt anew for each document, which is most of the time that building the
-    requests takes.
+    lm-eval compiles the Jinja template of a prompt again for each document: most of the time of building requests.
     """
     import datasets
     import lm_eval.api.task

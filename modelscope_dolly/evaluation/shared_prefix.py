@@ -6,12 +6,13 @@ attends to its ancestors and itself, and its position is its depth, so that its 
 sequence. The vocabulary's logits are computed at the nodes that predict a continuation's token, and nowhere else.
 
 Over the seven sets of the card that is 2.4 instead of 4.8 million tokens. The sums equal those of lm-eval's HFLM but
-for rounding (tests/test_shared_prefix.py).
+for rounding (tests/evaluation/test_shared_prefix.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,17 +34,12 @@ Request = tuple[list[int], list[int]]  # context, continuation
 
 @dataclass
 class Tree:
-    """The requests of one document.
+    """The requests of one document; a parent comes before its children, that of a root is -1."""
 
-    Attributes:
-        tokens, parents, depths: of each node; a parent comes before its children, that of a root is -1.
-        edges: (node, token it should predict, number of the request).
-    """
-
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # of each node
     parents: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    edges: list[tuple[int, int, int]] = field(default_factory=list)
+    edges: list[tuple[int, int, int]] = field(default_factory=list)  # (node, token to predict, number of the request)
 
     @property
     def is_chain(self) -> bool:
@@ -79,17 +75,29 @@ def build_tree(requests: Sequence[tuple[int, Request]], window: int) -> Tree:
 
 
 @dataclass
-class Work:
-    """What was computed. `asked` counts the tokens of all requests, each on its own, without padding."""
+class TokenCounts:
+    """Requests and their tokens."""
 
-    asked: int = 0
-    useful: int = 0
-    computed: int = 0
+    requests: int = 0
+    asked: int = 0  # tokens of all requests, each on its own, without padding
+    useful: int = 0  # tokens of the forward passes without padding
+    computed: int = 0  # the same with padding
 
-    @property
-    def padding(self) -> float:
-        """Share of padding among the computed tokens."""
-        return 1 - self.useful / self.computed if self.computed else 0.0
+    def reset(self) -> None:
+        self.__init__()
+
+    def ask(self, requests: Iterable[Request], window: int) -> None:
+        """Count requests that lose what is longer than the window."""
+        lengths = [min(window, len(context) + len(continuation) - 1) for context, continuation in requests]
+        self.requests += len(lengths)
+        self.asked += sum(lengths)
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """The counts of `seconds` seconds, as they are stored and printed."""
+        return {
+            "seconds": seconds, "requests": self.requests, "tokens_asked": self.asked, "tokens_computed": self.computed,
+            "tokens_per_s": self.asked / seconds, "padding_share": 1 - self.useful / self.computed,
+        }  # fmt: skip
 
 
 class Scorer:
@@ -105,17 +113,17 @@ class Scorer:
     def __init__(self, model, window: int, rows: int | None = None, softmax_dtype: torch.dtype | None = torch.float32):
         if model.config.model_type not in MODEL_TYPES:
             raise ValueError(f"model type {model.config.model_type!r}, expected one of {MODEL_TYPES}")
-        self.decoder, self.head = model.base_model, model.get_output_embeddings()
+        self.capture, self.head = model.base_model, model.get_output_embeddings()
         self.device, self.dtype = model.device, model.dtype
         self.window, self.rows, self.softmax_dtype = window, rows, softmax_dtype or model.dtype
         self.tokens = AUTO_TOKENS.get(self.device.type, AUTO_TOKENS["cpu"])
-        self.work = Work()
+        self.counts = TokenCounts()
 
     @torch.inference_mode()
     def score(
         self, documents: Sequence[Sequence[Request]], advance: Callable[[int], None] = lambda done: None
     ) -> list[list[tuple[float, bool]]]:
-        """(log-likelihood, whether greedy decoding would say just that) of each request of each document.
+        """(log-likelihood, whether greedy decoding would give exactly that) of each request of each document.
 
         Args:
             documents: requests of one document share most of their tokens. A continuation has 1 to `window` tokens.
@@ -124,10 +132,10 @@ class Scorer:
         first = np.cumsum([0, *map(len, documents)])
         starts = first[:-1].tolist()
         trees = [
-            build_tree(list(enumerate(asked, start)), self.window)
-            for start, asked in zip(starts, documents, strict=True)
+            build_tree(list(enumerate(requests, start)), self.window)
+            for start, requests in zip(starts, documents, strict=True)
         ]
-        self.work.asked += sum(min(self.window, len(c) + len(x) - 1) for asked in documents for c, x in asked)
+        self.counts.ask(itertools.chain.from_iterable(documents), self.window)
         sums, greedy = np.zeros(first[-1]), np.ones(first[-1], dtype=bool)
         for batch in self._batches(trees):
             numbers, values, best = self._forward(batch)
@@ -137,7 +145,7 @@ class Scorer:
         # Each sum is rounded once to the number type of its terms, as a tensor's sum is.
         rounded = torch.from_numpy(sums).to(self.softmax_dtype).tolist()
         flat = list(zip(rounded, greedy.tolist(), strict=True))
-        return [flat[start : start + len(asked)] for start, asked in zip(starts, documents, strict=True)]
+        return [flat[start : start + len(requests)] for start, requests in zip(starts, documents, strict=True)]
 
     def _batches(self, trees: list[Tree]) -> Iterator[list[Tree]]:
         """Largest first: out of memory happens at once or not at all, and neighbours need little padding."""
@@ -153,9 +161,9 @@ class Scorer:
     def _forward(self, trees: list[Tree]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each edge: number of its request, log-probability of its token, whether that is the likeliest one."""
         width = len(trees[0].tokens)
-        self.work.useful += sum(len(tree.tokens) for tree in trees)
-        self.work.computed += width * len(trees)
-        hidden = self.decoder(**self._inputs(trees, width), use_cache=False)[0].flatten(0, 1)  # [rows * width, hidden]
+        self.counts.useful += sum(len(tree.tokens) for tree in trees)
+        self.counts.computed += width * len(trees)
+        hidden = self.capture(**self._inputs(trees, width), use_cache=False)[0].flatten(0, 1)  # [rows * width, hidden]
         edges = np.array(
             [(row * width + node, *rest) for row, tree in enumerate(trees) for node, *rest in tree.edges],
             dtype=np.int64,
@@ -174,7 +182,7 @@ class Scorer:
         return edges[:, 2], np.concatenate(values), np.concatenate(best)
 
     def _inputs(self, trees: list[Tree], width: int) -> dict[str, torch.Tensor]:
-        """Padded on the right with token 0; a padding node attends to itself only, and nobody attends to it."""
+        """Padded on the right with token 0; a padding node attends to itself only, and no other node to it."""
         ids = np.zeros((len(trees), width), dtype=np.int64)
         for row, tree in enumerate(trees):
             ids[row, : len(tree.tokens)] = tree.tokens

@@ -1,4 +1,4 @@
-"""Results of single tasks on disk: written whole or not at all, found again only by whoever asks for exactly the same.
+"""Results of single tasks on disk: written atomically, and reused only by a run with exactly the same settings.
 
     OUTPUT/<model>-<key of the run>/<task>.json            scores, and all that determines them
     OUTPUT/<model>-<key of the run>/<task>.samples.jsonl   one line per document, to compare two models pairwise
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from modelscope_dolly.errors import SettingError
-from modelscope_dolly.evaluation.published import BY_NAME, NAMES, standard_error
+from modelscope_dolly.evaluation.published import TASK_BY_NAME, TASK_NAMES, standard_error
 from modelscope_dolly.files import read_json, write_atomically
 
 FORMAT = 1
@@ -25,32 +25,19 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What determines the scores of a run besides the data of each task.
+    """What determines the scores of a run besides the data of each task."""
 
-    Attributes:
-        model: hub id, or the last part of a directory's name.
-        revision: of the hub id; None for a directory.
-        files_sha256: digest over weights, configuration and tokenizer.
-        dtype, softmax_dtype: number type of the weights, and of the log-probabilities.
-        device: kind or name of the device; other kernels round otherwise.
-        scorer: "shared" (each prefix once) or "hf" (lm-eval's own HFLM).
-        batch_size: as asked for: a number or "auto".
-        limit: first documents of each task; None for all.
-        template: "none", or "dolly" where the tasks are asked as instructions.
-        versions: of lm_eval, torch and transformers.
-    """
-
-    model: str
-    revision: str | None
-    files_sha256: str
-    dtype: str
-    softmax_dtype: str
-    device: str
-    scorer: str
-    batch_size: str
-    limit: int | None
-    template: str
-    versions: dict[str, str]
+    model: str  # hub id, or the last part of a directory's name
+    revision: str | None  # of the hub id; None for a directory
+    files_sha256: str  # over weights, configuration and tokenizer
+    dtype: str  # of the weights
+    softmax_dtype: str  # of the log-probabilities
+    device: str  # kind or name; other kernels round differently
+    scorer: str  # "shared" (each prefix once) or "hf" (lm-eval's own HFLM)
+    batch_size: str  # as asked for: a number or "auto"
+    limit: int | None  # first documents of each task; None for all
+    template: str  # "none", or "dolly" where the tasks are asked as instructions
+    versions: dict[str, str]  # of lm_eval, torch and transformers
 
     @property
     def directory(self) -> str:
@@ -62,39 +49,26 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores of one task.
-
-    Attributes:
-        task: name of the task.
-        run: what determined it, with `data` and `task_version`.
-        data: sha256 of the local file, or "hub:..." for what lm-eval downloaded.
-        task_version: lm-eval's.
-        size: documents scored.
-        correct: metric -> right answers; `acc` always, `acc_norm` where lm-eval has it.
-        exact: whether requests and right answers are those of the card, by digest; None where a limit or a template
-            makes the question idle.
-        speed: seconds, tokens and padding; not part of what is compared.
-        finished: date and time, UTC.
-    """
+    """Scores of one task."""
 
     task: str
-    run: RunIdentity
-    data: str
-    task_version: str
-    size: int
-    correct: dict[str, int]
-    exact: bool | None
-    speed: dict[str, float] = field(default_factory=dict)
-    finished: str = ""
+    run: RunIdentity  # what determined the scores, with `data` and `task_version`
+    data: str  # sha256 of the local file, or "hub:..." for what lm-eval downloaded
+    task_version: str  # lm-eval's
+    size: int  # documents scored
+    correct: dict[str, int]  # metric -> correct answers; `acc` always, `acc_norm` where lm-eval has it
+    exact: bool | None  # whether requests and choices are the card's, by digest; None with a limit or a template
+    speed: dict[str, float] = field(default_factory=dict)  # seconds, tokens and padding; not compared
+    finished: str = ""  # date and time, UTC
 
     @property
-    def right(self) -> int:
-        """Right answers by the card's metric."""
-        return self.correct[BY_NAME[self.task].metric]
+    def card_correct(self) -> int:
+        """Correct answers by the card's metric."""
+        return self.correct[TASK_BY_NAME[self.task].metric]
 
     @property
     def score(self) -> float:
-        return self.right / self.size
+        return self.card_correct / self.size
 
     @property
     def error(self) -> float | None:
@@ -104,37 +78,30 @@ class TaskResult:
     @property
     def obstacles(self) -> list[str]:
         """Why the score must not be compared with the card; empty when it may."""
-        found = []
-        if self.run.limit is not None:
-            found.append(f"limit {self.run.limit}")
+        reasons = [] if self.run.limit is None else [f"limit {self.run.limit}"]
         if self.run.template != "none":
-            found.append(f"template {self.run.template}")
-        if not found and not self.exact:
-            found.append(f"{self.task} is not the card's data")
-        return found
+            reasons.append(f"template {self.run.template}")
+        return reasons or ([] if self.exact else [f"{self.task} is not the card's data"])
 
 
 def write(output: Path, result: TaskResult, samples: list[dict]) -> Path:
-    """Store one task; its samples first, so that a result that is there has them."""
+    """Store one task; its samples first, so that a stored result always has them."""
     directory = output / result.run.directory
     directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(directory / f"{result.task}.samples.jsonl", lines)
     path = directory / f"{result.task}.json"
-    write_atomically(path, json.dumps(_facts(result), indent=2, ensure_ascii=False) + "\n")
+    content = {
+        "format": FORMAT, **asdict(result), "metric": TASK_BY_NAME[result.task].metric,
+        "scores": {name: count / result.size for name, count in result.correct.items()}, "score": result.score,
+        "stderr": result.error, "comparable": not result.obstacles, "not_comparable_because": result.obstacles,
+    }  # fmt: skip
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
-def _facts(result: TaskResult) -> dict:
-    metric = BY_NAME[result.task].metric
-    scores = {name: right / result.size for name, right in result.correct.items()}
-    derived = {"metric": metric, "scores": scores, "score": result.score, "stderr": result.error}
-    comparable = {"comparable": not result.obstacles, "not_comparable_because": result.obstacles}
-    return {"format": FORMAT, **asdict(result), **derived, **comparable}
-
-
 def find(output: Path, run: RunIdentity, task: str, data: str, task_version: str) -> TaskResult | None:
-    """The stored result of exactly this, or None."""
+    """The stored result of this run, task and data, or None."""
     path = output / run.directory / f"{task}.json"
     if not path.is_file():
         return None
@@ -145,14 +112,14 @@ def find(output: Path, run: RunIdentity, task: str, data: str, task_version: str
 
 def read(path: Path) -> TaskResult:
     """Raises SettingError for a file that `write` did not make."""
-    facts = read_json(path)
+    content = read_json(path)
     try:
-        if facts["format"] != FORMAT:
-            raise ValueError(f"format {facts['format']!r}, expected {FORMAT}")
-        names = [name for name in TaskResult.__dataclass_fields__ if name != "run"]
-        result = TaskResult(run=RunIdentity(**facts["run"]), **{name: facts[name] for name in names})
-        if not 0 <= result.right <= result.size or result.size < 1:
-            raise ValueError(f"{result.right} of {result.size} right")
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
+        values = {name: content[name] for name in TaskResult.__dataclass_fields__}
+        result = TaskResult(**{**values, "run": RunIdentity(**content["run"])})
+        if not 0 <= result.card_correct <= result.size or result.size < 1:
+            raise ValueError(f"{result.card_correct} of {result.size} right")
     except (KeyError, TypeError, ValueError) as error:
         raise SettingError(
             f"{path}: not a result of dolly eval ({type(error).__name__}: {error}); move it away or change --output"
@@ -160,9 +127,9 @@ def read(path: Path) -> TaskResult:
     return result
 
 
-def runs(output: Path) -> Iterator[dict[str, TaskResult]]:
-    """Every run below `output`, as task -> result in the card's order."""
+def runs(output: Path) -> Iterator[list[TaskResult]]:
+    """The results of every run below `output`, in the card's order of tasks."""
     for directory in sorted(path for path in output.iterdir() if path.is_dir()) if output.is_dir() else []:
-        found = {name: read(directory / f"{name}.json") for name in NAMES if (directory / f"{name}.json").is_file()}
-        if found:
-            yield found
+        paths = [directory / f"{name}.json" for name in TASK_NAMES]
+        if results := [read(path) for path in paths if path.is_file()]:
+            yield results

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from modelscope_dolly.benchmark import peers, run
-from modelscope_dolly.benchmark.limits import spread
+from modelscope_dolly.benchmark import peers, suite
+from modelscope_dolly.benchmark.repeats import spread
 from modelscope_dolly.cli import main
 from modelscope_dolly.cli.bench import interrupt_once
 from modelscope_dolly.errors import HardwareError
@@ -115,7 +115,7 @@ def test_figures_survive_an_error_of_our_own_engine(monkeypatch, capsys):
                                                "versions": {}}}  # fmt: skip
         raise HardwareError("too large")
 
-    monkeypatch.setattr(run, "bench", fails)
+    monkeypatch.setattr(suite, "run_benchmark", fails)
     assert main(["bench", "--mixed", "2"]) == 2
     out, err = capsys.readouterr()
     assert "dolly   int8" in out and out.splitlines()[-1] == "ended by an error; not measured: dolly int4"

@@ -13,16 +13,32 @@ import pytest
 import torch
 
 from modelscope_dolly import hardware
-from modelscope_dolly.benchmark import drafting, limits, lookup, peers, process, quality, run, synthetic, worker
-from modelscope_dolly.benchmark.options import BenchSettings
-from modelscope_dolly.benchmark.process import Bench
-from modelscope_dolly.benchmark.report import report
+from modelscope_dolly.benchmark import (
+    draft_model_speed,
+    engine_timing,
+    examples,
+    hardware_limits,
+    machine,
+    own_engine,
+    peer_choice,
+    peers,
+    process,
+    prompt_lookup_speed,
+    quantization_quality,
+    repeats,
+    synthetic_weights,
+    worker,
+)
+from modelscope_dolly.benchmark.bench_options import BenchSettings
+from modelscope_dolly.benchmark.bench_run import BenchRun, Variant
+from modelscope_dolly.benchmark.report import format_report
+from modelscope_dolly.benchmark.suite import run_benchmark
 from modelscope_dolly.checkpoint.check import check_directory
 from modelscope_dolly.checkpoint.memory import shape_config
 from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 from modelscope_dolly.cli.main import main
-from modelscope_dolly.engine.cuda_graphs import Decoder
-from modelscope_dolly.engine.gpt_neox import Step
+from modelscope_dolly.engine.cuda_graphs import GraphCapture
+from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.errors import CheckpointError, DollyError, HardwareError
 from modelscope_dolly.kernels import cpu as kernels
 from tests.support.models import TINY, our_engine, random_model
@@ -33,15 +49,15 @@ from tests.support.recorded import Recorder
 def kept(tmp_path_factory) -> Path:
     """--keep: random weights of the tiny shape."""
     place = tmp_path_factory.mktemp("kept")
-    synthetic.make_checkpoint(synthetic.parse_shape(TINY), place / TINY)
+    synthetic_weights.make_checkpoint(synthetic_weights.parse_shape(TINY), place / TINY)
     return place
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Limits of a machine of 10 GB/s and 1 TFLOP/s, so that shares can be computed by hand."""
-    found = {"bandwidth": limits.spread([1e10]), "matrix": {"fp32": limits.spread([1e12])}, "disturbed": []}
-    monkeypatch.setattr(run, "measure_limits", lambda _: found)
+    found = {"bandwidth": repeats.spread([1e10]), "matrix": {"fp32": repeats.spread([1e12])}, "disturbed": []}
+    monkeypatch.setattr(engine_timing, "measure_limits", lambda _: found)
 
 
 def settings(kept: Path, **changes) -> BenchSettings:
@@ -53,7 +69,7 @@ def settings(kept: Path, **changes) -> BenchSettings:
 def test_every_row_has_the_shares_and_ratios_that_its_figures_give(kept, quick):
     missing_python = {"hf": sys.executable, "vllm": sys.executable}
     asked = settings(kept, peers=("hf", "vllm", "llamacpp"), peer_python=missing_python, quantize=("none", "int8"))
-    found = json.loads(json.dumps(run.bench(asked)))
+    found = json.loads(json.dumps(run_benchmark(asked)))
     rows = {(row["engine"], row["format"], row["batch"]): row for row in found["rows"]}
     assert set(rows) == {
         (*kind, batch) for kind in (("dolly", "fp32"), ("dolly", "int8"), ("hf", "fp32")) for batch in (1, 3)
@@ -78,14 +94,14 @@ def test_every_row_has_the_shares_and_ratios_that_its_figures_give(kept, quick):
     # the same weights and prompts reached both engines: greedy answers in fp32 are the same
     assert [rows["dolly", "fp32", batch]["same_tokens"] for batch in (1, 3)] == [1.0, 1.0]
     assert set(found["missing"]) == {"vllm", "llamacpp"} and found["machine"]["threads"] == 1
-    lines = report(found).splitlines()
+    lines = format_report(found).splitlines()
     assert sum(line.startswith("dolly ") for line in lines if "±" in line) == 4
-    assert ("dolly fp32: linear weights stay in bf16" in report(found)) == (kernels.level() > 0)
+    assert ("dolly fp32: linear weights stay in bf16" in format_report(found)) == (kernels.level() > 0)
     assert [line for line in lines if line.startswith("vLLM: not installed")]
 
 
 def test_agreement_ends_at_the_first_token_that_differs():
-    assert run.same_tokens([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 9, 4], [5, 6, 7, 8]]) == (0.5 + 1) / 2
+    assert engine_timing.same_tokens([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 9, 4], [5, 6, 7, 8]]) == (0.5 + 1) / 2
 
 
 def test_yardstick_is_transformers_in_the_first_number_type():
@@ -100,35 +116,37 @@ def test_yardstick_is_transformers_in_the_first_number_type():
         }
         for engine, name, speed in (("dolly", "int8", 9.0), ("hf", "fp32", 2.0), ("hf", "bf16", 3.0))
     ]
-    run.compare([*rows, {"engine": "vllm", "format": "bf16", "error": "no"}], "bf16")
+    engine_timing.compare([*rows, {"engine": "vllm", "format": "bf16", "error": "no"}], "bf16")
     assert [row["times_hf"] for row in rows] == [3.0, pytest.approx(2 / 3), 1.0]
     assert {row["yardstick"] for row in rows} == {"bf16"}
 
 
 def test_disturbed_figures_are_named():
-    calm, wild = limits.spread([1.0, 1.05, 1.1]), limits.spread([1.0, 1.0, 1.2])
+    calm, wild = repeats.spread([1.0, 1.05, 1.1]), repeats.spread([1.0, 1.0, 1.2])
     assert wild["spread"] == pytest.approx(0.2) and calm["median"] == 1.05
-    assert limits.disturbances({"step": calm}, {"others_cpus": 0.1}) == []
-    assert limits.disturbances({"step": wild}, {"others_cpus": 1.0}) == [
+    assert repeats.disturbances({"step": calm}, {"others_cpus": 0.1}) == []
+    assert repeats.disturbances({"step": wild}, {"others_cpus": 1.0}) == [
         "step spread 20%", "other processes used 1.0 CPUs"
     ]  # fmt: skip
 
 
 def test_work_of_others_is_told_from_that_of_our_children():
-    watch = limits.Watch()
-    watch._look = lambda: (watch._begin[0] + 2.0, watch._begin[1] + 5.0, watch._begin[2] + 2.0)
-    assert watch.others() == pytest.approx(1.5)
+    watch = repeats.OtherLoad()
+    watch._look = lambda: (watch._start[0] + 2.0, watch._start[1] + 5.0, watch._start[2] + 2.0)
+    assert watch.cpus() == pytest.approx(1.5)
 
 
 def test_limits_are_measured_over_the_array_that_was_asked_for(monkeypatch):
     seen = []
-    monkeypatch.setattr(limits, "_rate", lambda work, amount, *_: seen.append((amount, work())) or {"median": 1.0})
+    monkeypatch.setattr(
+        hardware_limits, "_rate", lambda work, amount, *_: seen.append((amount, work())) or {"median": 1.0}
+    )
     cpu = torch.device("cpu")
-    limits.read_bandwidth(cpu, array=1 << 20)
-    limits.matrix_peak(cpu, torch.float32, size=64)
-    monkeypatch.setattr(limits, "last_cache", lambda: 1 << 28)
-    monkeypatch.setattr(limits, "_huge", lambda size: seen.append(size) or bytearray(1 << 14))
-    limits.read_bandwidth(cpu)
+    hardware_limits.read_bandwidth(cpu, array=1 << 20)
+    hardware_limits.matrix_peak(cpu, torch.float32, size=64)
+    monkeypatch.setattr(hardware_limits, "last_cache", lambda: 1 << 28)
+    monkeypatch.setattr(hardware_limits, "_huge", lambda size: seen.append(size) or bytearray(1 << 14))
+    hardware_limits.read_bandwidth(cpu)
     assert seen[0][0] == 1 << 20 and torch.equal(seen[0][1], torch.full((64,), 4096.0))  # every value was read
     assert seen[1][0] == 2 * 32 * 64 * 64 and seen[1][1].shape == (32, 64)
     assert seen[2] > 4 << 28
@@ -139,12 +157,12 @@ def test_limit_of_a_gpu_is_the_fastest_way_to_read_and_a_copy_counts_both_direct
     rates = iter([2.0, 3.0, 9.0, 5.0, 4.0, 8.0])
     seen = []
 
-    def rate(work, amount, repeats, device):
+    def rate(work, amount, *_):
         seen.append((amount, work()))
-        return limits.spread([next(rates)])
+        return repeats.spread([next(rates)])
 
-    monkeypatch.setattr(limits, "_rate", rate)
-    found = limits.gpu_bandwidth(torch.device("cpu"), [(1 << 20) + 5, 2 << 20], repeats=1)
+    monkeypatch.setattr(hardware_limits, "_rate", rate)
+    found = hardware_limits.gpu_bandwidth(torch.device("cpu"), [(1 << 20) + 5, 2 << 20], repeats=1)
     assert (found["max"], found["how"], found["array_bytes"]) == (5.0, "matrix-vector product", 2 << 20)
     assert found["copy"]["max"] == 9.0 and len(found["tried"]) == 6
     assert [amount for amount, _ in seen] == [1 << 20] * 3 + [2 << 20] * 3
@@ -155,19 +173,19 @@ def test_limit_of_a_gpu_is_the_fastest_way_to_read_and_a_copy_counts_both_direct
 def test_calls_on_a_gpu_are_timed_together_and_waited_for(monkeypatch):
     clock = itertools.count()
     done = []
-    monkeypatch.setattr(limits.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(hardware_limits.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
-    found = limits._rate(lambda: done.append("work"), 10.0, 1, torch.device("cuda", 0))
-    assert done == [*["work"] * limits._CALLS, "wait"] * 2
-    assert found["values"] == [10.0 * limits._CALLS]
+    found = hardware_limits._rate(lambda: done.append("work"), 10.0, 1, torch.device("cuda", 0))
+    assert done == [*["work"] * hardware_limits._CALLS, "wait"] * 2
+    assert found["values"] == [10.0 * hardware_limits._CALLS]
 
 
 def test_children_see_the_gpu_that_is_measured_and_no_other(monkeypatch):
     cuda, cpu = (lambda number: torch.device("cuda", number)), torch.device("cpu")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [process._visible(one) for one in (cpu, cuda(0), cuda(3))] == ["", "0", "3"]
+    assert [process._visible_devices(one) for one in (cpu, cuda(0), cuda(3))] == ["", "0", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
-    assert [process._visible(one) for one in (cpu, cuda(1))] == ["", "6"]
+    assert [process._visible_devices(one) for one in (cpu, cuda(1))] == ["", "6"]
 
 
 def test_memory_of_a_gpu_is_what_torch_counts_there_or_unknown(monkeypatch):
@@ -198,17 +216,20 @@ def test_warm_up_on_a_gpu_is_as_long_as_what_is_measured():
 
 
 def test_formats_of_peers_are_those_of_the_device(kept, monkeypatch):
-    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
-    made = Bench(settings(kept, peers=("hf-compile", "ctranslate2"), dtypes=("bf16",),
+    monkeypatch.setattr(peer_choice.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    run = BenchRun(settings(kept, peers=("hf-compile", "ctranslate2"), dtypes=("bf16",),
                           peer_python=dict.fromkeys(("hf-compile", "ctranslate2"), sys.executable)))  # fmt: skip
-    jobs, missing = run.peer_jobs(made)
-    assert [job[:2] for job in jobs] == [("dolly", "bf16"), ("ctranslate2", "int8")]
+    variants, missing = peer_choice.choose_variants(run)
+    assert [variant[:2] for variant in variants] == [("dolly", "bf16"), ("ctranslate2", "int8")]
     assert missing == {"hf-compile": "its steps are compiled on a GPU only"}
-    made.device = torch.device("cuda", 1)
-    jobs, missing = run.peer_jobs(made)
-    assert [job[:2] for job in jobs[1:]] == [("hf-compile", "bf16"), ("ctranslate2", "bf16")] and missing == {}
-    made.scratch = made.model = kept
-    assert made.job("dolly", "bf16")["device"] == "cuda:0"  # the only one that a child sees
+    run.device = torch.device("cuda", 1)
+    variants, missing = peer_choice.choose_variants(run)
+    assert [variant[:2] for variant in variants[1:]] == [
+        ("hf-compile", "bf16"),
+        ("ctranslate2", "bf16"),
+    ] and missing == {}
+    run.scratch = run.model = kept
+    assert run.job(Variant("dolly", "bf16", "bf16"))["device"] == "cuda:0"  # the only one that a child sees
 
 
 def test_a_gpu_is_described_with_its_driver(monkeypatch):
@@ -216,34 +237,34 @@ def test_a_gpu_is_described_with_its_driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     answer = SimpleNamespace(returncode=0, stdout="580.1\n580.1\n")
-    monkeypatch.setattr(limits.subprocess, "run", lambda *_, **__: answer)
-    found = limits.machine(torch.device("cuda", 0), 2)
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: answer)
+    found = machine.describe_machine(torch.device("cuda", 0), 2)
     assert found["gpu"]["driver"] == "580.1" and found["gpu"]["capability"] == "9.0" and found["device"] == "a card"
     answer.returncode = 9
-    assert limits.machine(torch.device("cuda", 0), 2)["gpu"]["driver"] is None
+    assert machine.describe_machine(torch.device("cuda", 0), 2)["gpu"]["driver"] is None
 
 
 def test_bytes_of_a_step_are_those_of_the_linear_layers():
     config = shape_config("3b")
-    assert limits.linear_weights(config) == pytest.approx(2.645e9, rel=1e-3)
-    assert limits.bytes_per_step(config, "bf16") == 2 * limits.linear_weights(config)
-    assert limits.bytes_per_step(config, "int4") == limits.linear_weights(config) * (0.5 + 2 / 128)
-    assert limits.bytes_per_step(config, "fp32", "bf16") == limits.bytes_per_step(config, "fp16")
+    assert hardware_limits.linear_weights(config) == pytest.approx(2.645e9, rel=1e-3)
+    assert hardware_limits.bytes_per_step(config, "bf16") == 2 * hardware_limits.linear_weights(config)
+    assert hardware_limits.bytes_per_step(config, "int4") == hardware_limits.linear_weights(config) * (0.5 + 2 / 128)
+    assert hardware_limits.bytes_per_step(config, "fp32", "bf16") == hardware_limits.bytes_per_step(config, "fp16")
 
 
 def test_random_weights_make_a_sound_checkpoint_that_the_seed_decides(kept, tmp_path):
     assert {finding.status for finding in check_directory(kept / TINY)} == {"ok"}
     read = lambda path: [file.read_bytes() for file in sorted(path.glob("*.safetensors"))]  # noqa: E731
-    config = synthetic.parse_shape(TINY)
-    assert read(synthetic.make_checkpoint(config, tmp_path / "same")) == read(kept / TINY)
-    assert read(synthetic.make_checkpoint(config, tmp_path / "other", seed=1)) != read(kept / TINY)
+    config = synthetic_weights.parse_shape(TINY)
+    assert read(synthetic_weights.make_checkpoint(config, tmp_path / "same")) == read(kept / TINY)
+    assert read(synthetic_weights.make_checkpoint(config, tmp_path / "other", seed=1)) != read(kept / TINY)
     with pytest.raises(CheckpointError, match="exists already"):
-        synthetic.make_checkpoint(config, tmp_path / "same")
+        synthetic_weights.make_checkpoint(config, tmp_path / "same")
 
 
 def test_rows_of_random_weights_never_repeat():
-    config = synthetic.parse_shape("128x2x4")
-    for name, tensor in synthetic._tensors(config, 0, torch.float32):
+    config = synthetic_weights.parse_shape("128x2x4")
+    for name, tensor in synthetic_weights._tensors(config, 0, torch.float32):
         if tensor.dim() == 2 and "mlp" in name:
             assert len(torch.unique(tensor, dim=0)) == len(tensor)
 
@@ -251,7 +272,7 @@ def test_rows_of_random_weights_never_repeat():
 def test_random_weights_that_do_not_fit_the_disk_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "free_disk", lambda _: 10**6)
     with pytest.raises(HardwareError, match=r"needs 0\.01 GB of disk, 0\.00 GB are free.*--keep"):
-        synthetic.make_checkpoint(synthetic.parse_shape(TINY), tmp_path / "x")
+        synthetic_weights.make_checkpoint(synthetic_weights.parse_shape(TINY), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -272,7 +293,7 @@ def test_static_batches_step_until_their_longest_answer_is_done():
 def tiny_worker(monkeypatch):
     """Our engine on the tests' model in this process; gives the engine that the worker gets."""
     engine = our_engine(random_model())
-    monkeypatch.setattr(worker, "load_dolly", lambda _: SimpleNamespace(responder=SimpleNamespace(engine=engine)))
+    monkeypatch.setattr(own_engine, "load_engine", lambda _: engine)
     monkeypatch.setattr(peers, "say", lambda _: None)
     return engine
 
@@ -287,15 +308,15 @@ def test_slots_are_refilled_and_their_steps_counted(tiny_worker):
 
 
 def test_worker_gives_the_time_of_each_step_of_the_slowest_answer(tiny_worker):
-    answers, elapsed = worker.loader({})([[5, 6, 7], [8, 9]], 4)
+    answers, elapsed = worker.load_generate({})([[5, 6, 7], [8, 9]], 4)
     assert [len(answer) for answer in answers] == [4, 4] and len(elapsed) == 4
     assert elapsed == sorted(elapsed) and elapsed[0] > 0
 
 
-def test_scripted_network_says_what_the_record_says_and_guesses_are_counted(tiny_worker):
+def test_scripted_network_answers_as_the_record_does_and_draft_tokens_are_counted(tiny_worker):
     copied = list(range(100, 140))
-    examples = {"context": [[[7, *copied, 8, *copied, 9], 42]], "free": [[[5, *range(200, 260)], 20]]}
-    found = lookup.run_lookup(tiny_worker, {"lookup": examples, "repeats": 2})
+    texts = {"context": [[[7, *copied, 8, *copied, 9], 42, True]], "free": [[[5, *range(200, 260)], 20, False]]}
+    found = prompt_lookup_speed.run_lookup({"lookup": texts, "repeats": 2})
     context, free = found["kinds"]["context"], found["kinds"]["free"]
     assert context["accepted"] > 10 and context["accepted_share"] > 0.5 and context["passes_per_token"] < 0.9
     assert free["accepted"] == 0 and free["passes_per_token"] == 1.0
@@ -306,33 +327,33 @@ def test_a_draft_pays_from_where_it_makes_as_many_tokens_as_plain_decoding():
     for count, rate in ((1, 0.5), (4, 0.8), (8, 0.01)):
         chances = [rate**place * (1 - rate) for place in range(count)] + [rate**count]
         tokens = sum((place + 1) * chance for place, chance in enumerate(chances))  # place: guesses that are right
-        assert drafting.made(rate, count) == pytest.approx(tokens)
-        assert drafting.pays_from(count, tokens) == pytest.approx(rate, abs=1e-6)
-    assert drafting.pays_from(3, 4.1) is None and drafting.pays_from(3, 4.0) == pytest.approx(1)
-    assert drafting.pays_from(3, 0.5) == pytest.approx(0)
+        assert draft_model_speed.expected_tokens(rate, count) == pytest.approx(tokens)
+        assert draft_model_speed.break_even(count, tokens) == pytest.approx(rate, abs=1e-6)
+    assert draft_model_speed.break_even(3, 4.1) is None and draft_model_speed.break_even(3, 4.0) == pytest.approx(1)
+    assert draft_model_speed.break_even(3, 0.5) == pytest.approx(0)
 
 
 def test_a_draft_is_measured_beside_its_network(kept):
-    found = run.bench(settings(kept, draft="64x1x4", repeats=1))
+    found = run_benchmark(settings(kept, draft="64x1x4", repeats=1))
     rows = found["draft"]["rows"]
     assert [row["guesses"] for row in rows] == list(range(1, 9)) and (kept / "64x1x4").is_dir()
     for row in rows:
         plain, draft, verify = (row[name]["median"] for name in ("plain_s", "draft_s", "verify_s"))
         cost = (verify + row["guesses"] * draft) / plain
         assert row["times_plain"][0.9] == pytest.approx((1 - 0.9 ** (row["guesses"] + 1)) / 0.1 / cost)
-        assert row["pays_from"] == drafting.pays_from(row["guesses"], cost) and plain > 0 and draft > 0
-    assert "it was not measured" in report(found) and "x at 90%" in report(found)
+        assert row["pays_from"] == draft_model_speed.break_even(row["guesses"], cost) and plain > 0 and draft > 0
+    assert "it was not measured" in format_report(found) and "x at 90%" in format_report(found)
 
 
 def test_recorded_steps_follow_the_script_too(tiny_worker):
     """As on a GPU: plain steps are recorded ones, which read where the script lies, not which script it is."""
     net, recorder = tiny_worker.net, Recorder()
-    tiny_worker.decoder = decoder = Decoder(net, tiny_worker.device, recorder)
+    tiny_worker.capture = decoder = GraphCapture(net, tiny_worker.device, recorder)
     # like the fused kernels, it does not go through the network's own call
-    by_itself = lambda ids, places, cache: net(ids, Step(places, length=cache.length, padded=True), cache)  # noqa: E731
+    by_itself = lambda ids, places, cache: net(ids, StepInput(places, length=cache.length, padded=True), cache)  # noqa: E731
     decoder.forwards.insert(0, ("by itself", by_itself))
-    answers = [[[5, *range(200, 260)], 20], [[6, *range(300, 340)], 5]]
-    found = lookup.run_lookup(tiny_worker, {"lookup": {"free": answers}, "repeats": 1})
+    answers = [[[5, *range(200, 260)], 20, False], [[6, *range(300, 340)], 5, False]]
+    found = prompt_lookup_speed.run_lookup({"lookup": {"free": answers}, "repeats": 1})
     assert found["kinds"]["free"]["tokens"] == 40 + 35
     assert recorder.recordings and len(decoder.forwards) == 2, "the recording was given up"
 
@@ -341,30 +362,30 @@ def test_quality_compares_with_what_transformers_predicts(checkpoint_dir):
     from transformers import AutoModelForCausalLM
 
     asked = BenchSettings(model=str(checkpoint_dir), quality=True, quantize=("int8",), dtypes=("fp32", "bf16"))
-    found = run.bench(asked)["quality"]
+    found = run_benchmark(asked)["quality"]
     rows = {row["format"]: row for row in found["rows"]}
     assert list(rows) == ["fp32", "bf16", "int8"] and rows["fp32"]["kl_mean"] == 0
     model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
     rounded = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.bfloat16).eval()
     losses, divergences = [], []
-    for text in quality.choose_texts(read_tokenizer(checkpoint_dir), asked):
+    for text in quantization_quality.choose_examples(read_tokenizer(checkpoint_dir), asked):
         with torch.no_grad():
             truth, other = (
-                torch.log_softmax(one(torch.tensor([text.ids])).logits[0, text.begin - 1 : -1].double(), -1)
+                torch.log_softmax(one(torch.tensor([text.ids])).logits[0, text.prompt_tokens - 1 : -1].double(), -1)
                 for one in (model, rounded)
             )
-        losses.append(-truth[torch.arange(len(truth)), text.ids[text.begin :]])
+        losses.append(-truth[torch.arange(len(truth)), text.ids[text.prompt_tokens :]])
         divergences.append((truth.exp() * (truth - other)).sum(-1))
     assert sum(map(len, losses)) == found["tokens"]
     assert rows["fp32"]["perplexity"] == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-4)
     assert rows["bf16"]["kl_mean"] == pytest.approx(torch.cat(divergences).mean().item(), rel=0.5)
     assert 0 < rows["int8"]["kl_mean"] < 1 and rows["int8"]["kl_p99"] > rows["int8"]["kl_mean"]
     assert 0.5 < rows["int8"]["top1"] <= 1
-    assert "built-in sample is small" in report({"quality": found})
+    assert "built-in sample is small" in format_report({"quality": found})
 
 
 def test_start_is_told_by_phase(kept):
-    found = run.bench(settings(kept, cold=True, repeats=1))["cold"]["rows"]
+    found = run_benchmark(settings(kept, cold=True, repeats=1))["cold"]["rows"]
     assert [row["files_from"] for row in found] == ["memory", "disk"]
     for row in found:
         assert set(row["phases"]) == {"import", "check", "read_and_place", "rest_of_load", "first_step"}
@@ -373,15 +394,15 @@ def test_start_is_told_by_phase(kept):
 
 
 def test_peer_that_fails_is_a_row_and_ours_an_error(kept, quick, monkeypatch):
-    monkeypatch.setattr(run, "free_memory", lambda: 10**6)
-    found = run.bench(settings(kept, batches=(1,), repeats=1))
+    monkeypatch.setattr(peer_choice, "free_memory", lambda: 10**6)
+    found = run_benchmark(settings(kept, batches=(1,), repeats=1))
     assert [row.get("error", "")[:16] for row in found["rows"]] == ["", "the weights need"]
-    assert "transformers fp32 failed: the weights need" in report(found)
-    made = Bench(settings(kept))
-    made.scratch, made.model = kept, kept / "nowhere"
+    assert "transformers fp32 failed: the weights need" in format_report(found)
+    run = BenchRun(settings(kept))
+    run.scratch, run.model = kept, kept / "nowhere"
     for engine, says in (("dolly", "no such directory"), ("hf", "hf fp32 ended with 1: ")):
         with pytest.raises(DollyError, match=says) as caught:
-            made.child(made.job(engine, "fp32", dtype="fp32", prompts={}, new_tokens=2))
+            run.child(Variant(engine, "fp32", "fp32"), prompts={}, new_tokens=2)
         assert "\n" not in str(caught.value)
 
 
@@ -428,21 +449,21 @@ def test_data_that_is_no_record_is_named_with_its_line(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"instruction": "a", "response": "b"}\n{"instruction": "a"}\n')
     with pytest.raises(DollyError, match=r"data\.jsonl:2: needs the texts"):
-        lookup.read_texts(str(file))
+        examples.read_records(str(file))
 
 
 def test_a_line_separator_inside_a_text_ends_no_record(tmp_path):
     record = {"instruction": "a\u2028b", "response": "c"}
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert lookup.read_texts(str(file)) == [record]
+    assert examples.read_records(str(file)) == [record]
 
 
 @pytest.mark.parametrize("engine, name", [(engine, name) for engine, names in peers.FORMATS.items() for name in names])
 def test_memory_of_every_format_of_every_peer_is_known(engine, name, monkeypatch):
-    told = SimpleNamespace(config=shape_config("3b"), device=torch.device("cpu"))
-    monkeypatch.setattr(run, "free_memory", lambda: 10**12)
-    run._check_memory(told, engine, name)
-    monkeypatch.setattr(run, "free_memory", lambda: 10**9)
+    run = SimpleNamespace(config=shape_config("3b"), device=torch.device("cpu"))
+    monkeypatch.setattr(peer_choice, "free_memory", lambda: 10**12)
+    peer_choice.check_memory(run, Variant(engine, name, name))
+    monkeypatch.setattr(peer_choice, "free_memory", lambda: 10**9)
     with pytest.raises(DollyError, match=f"the weights need .* GB in {name}, 1.00 GB are free"):
-        run._check_memory(told, engine, name)
+        peer_choice.check_memory(run, Variant(engine, name, name))

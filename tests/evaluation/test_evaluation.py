@@ -12,14 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from modelscope_dolly.checkpoint.writer import export_checkpoint
-from modelscope_dolly.cli import main
-from modelscope_dolly.cli.options import MODEL_VARIABLE
+from modelscope_dolly.cli.main import MODEL_VARIABLE, main
 from modelscope_dolly.errors import SettingError
-from modelscope_dolly.evaluation import run, store, subject
-from modelscope_dolly.evaluation.data import is_exact, read_rows
+from modelscope_dolly.evaluation import evaluate as evaluation
+from modelscope_dolly.evaluation import model_under_test, store
+from modelscope_dolly.evaluation.evaluate import EvalSettings, evaluate, verify
 from modelscope_dolly.evaluation.lm_eval_adapter import card_tasks, requests_and_gold
-from modelscope_dolly.evaluation.published import NAMES
-from modelscope_dolly.evaluation.run import Settings, evaluate, verify
+from modelscope_dolly.evaluation.published import TASK_NAMES
+from modelscope_dolly.evaluation.task_data import is_exact, read_rows
 from tests.support.layouts import copy_2023_layout, plain_hf
 from tests.support.models import random_model
 from tests.support.paths import FIXTURES, SHARED_DATA, needs_shared_data
@@ -46,9 +46,9 @@ def gptj_dir(tmp_path_factory, tokenizer) -> Path:
     return target
 
 
-def settings(model: Path, output: Path, **changes) -> Settings:
+def settings(model: Path, output: Path, **changes) -> EvalSettings:
     values = dict(model=str(model), data=EVALS, output=output, device="cpu", dtype="fp32")
-    return Settings(**{**values, **changes})
+    return EvalSettings(**{**values, **changes})
 
 
 def likelihoods(output: Path, result: store.TaskResult) -> list[list[float]]:
@@ -68,8 +68,8 @@ def directly(model, tokenizer, context: str, continuation: str) -> float:
 @pytest.fixture(scope="module")
 def asked() -> dict[str, tuple[list, list[int]]]:
     """task -> the requests of each document, and the right choices."""
-    with card_tasks(NAMES, EVALS) as tasks:
-        return {name: requests_and_gold(task) for name, (task, *_) in tasks.items()}
+    with card_tasks(TASK_NAMES, EVALS) as tasks:
+        return {name: requests_and_gold(loaded.task) for name, loaded in tasks.items()}
 
 
 @pytest.mark.parametrize("scorer", ["shared", "hf"])
@@ -78,7 +78,7 @@ def test_scores_are_the_direct_computation(checkpoint_dir, gptj_dir, tokenizer, 
     model_dir = gptj_dir if architecture == "gptj" else checkpoint_dir
     results = evaluate(settings(model_dir, tmp_path, scorer=scorer))
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
-    assert [result.task for result in results] == list(NAMES)
+    assert [result.task for result in results] == list(TASK_NAMES)
     for result in results:
         requests, gold = asked[result.task]
         expected = [[directly(model, tokenizer.tokenizer, *args) for args in choices] for choices in requests]
@@ -90,7 +90,7 @@ def test_scores_are_the_direct_computation(checkpoint_dir, gptj_dir, tokenizer, 
             lengths = [[len(text[1:]) if text[0] == " " else len(text) for _, text in row] for row in requests]
             normed = [[v / n for v, n in zip(*pair, strict=True)] for pair in zip(expected, lengths, strict=True)]
             picks = [max(range(len(row)), key=row.__getitem__) for row in normed]
-            assert result.right == sum(pick == right for pick, right in zip(picks, gold, strict=True))
+            assert result.card_correct == sum(pick == right for pick, right in zip(picks, gold, strict=True))
         assert result.exact is False and result.run.scorer == scorer
 
 
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_table(checkpoint_dir, tmp
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = ["eval", str(checkpoint_dir), "--data", str(EVALS), "--device", "cpu", "--output"]
     assert main([*arguments, str(whole)]) == 0
-    ran, real = [], run.run_task
+    ran, real = [], evaluation.run_task
 
     def stops_at_the_third(lm, name, *rest):
         if len(ran) == 2:
@@ -135,22 +135,22 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_table(checkpoint_dir, tmp
         ran.append(name)
         return real(lm, name, *rest)
 
-    monkeypatch.setattr(run, "run_task", stops_at_the_third)
+    monkeypatch.setattr(evaluation, "run_task", stops_at_the_third)
     capsys.readouterr()
     assert main([*arguments, str(parts)]) == 130
     assert "stopped in winogrande; 2 of 7 tasks are stored" in capsys.readouterr().err
     assert sorted(path.name for path in parts.glob("*/*.json")) == ["arc_easy.json", "openbookqa.json"]
     again = []
-    monkeypatch.setattr(run, "run_task", lambda lm, name, *rest: (again.append(name), real(lm, name, *rest))[1])
+    monkeypatch.setattr(evaluation, "run_task", lambda lm, name, *rest: (again.append(name), real(lm, name, *rest))[1])
     assert main([*arguments, str(parts)]) == 0
-    assert again == list(NAMES[2:])
+    assert again == list(TASK_NAMES[2:])
     for name in ("table.md", "table.csv", "table.json"):
         assert (parts / name).read_text() == (whole / name).read_text()
 
 
 def test_what_is_stored_is_not_run_and_its_model_not_loaded(checkpoint_dir, tmp_path, monkeypatch):
     first = evaluate(settings(checkpoint_dir, tmp_path, tasks=("piqa",)))
-    monkeypatch.setattr(run, "open_lm", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluation, "open_lm", lambda *_: pytest.fail("the model was loaded"))
     assert evaluate(settings(checkpoint_dir, tmp_path, tasks=("piqa",))) == first
 
 
@@ -237,6 +237,7 @@ def test_unknown_names_suggest_the_nearest(checkpoint_dir, capsys):
     assert "unknown task 'piqaa'. Did you mean 'piqa'?" in said(capsys, model, *data, "--tasks", "boolq,piqaa")
     assert "Did you mean 'dolly'?" in said(capsys, model, *data, "--template", "doly")
     assert "Did you mean 'shared'?" in said(capsys, model, *data, "--scorer", "share")
+    assert "--tasks names no task; allowed: openbookqa" in said(capsys, model, *data, "--tasks", ",")
     assert "--limit is 0" in said(capsys, model, *data, "--limit", "0")
     assert "--batch-size is '0'" in said(capsys, model, *data, "--batch-size", "0")
     assert "unknown dtype 'int2'" in said(capsys, model, *data, "--dtype", "int2")
@@ -294,8 +295,8 @@ def test_keys_are_needed_for_the_template_only(gptj_dir, tmp_path, capsys):
 
 
 def test_a_model_that_does_not_fit_is_refused_with_numbers(checkpoint_dir, capsys, monkeypatch):
-    monkeypatch.setattr(subject, "free_memory", lambda device: 100_000)
-    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(model_under_test, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: pytest.fail("it was loaded"))
     line = said(capsys, str(checkpoint_dir), "--data", str(EVALS), "--dtype", "fp32", "--device", "cpu")
     assert "weights need 0.00 GB on cpu in float32, 0.00 GB are free" in line
 
@@ -385,7 +386,7 @@ def test_invented_rows_are_not_exact():
 @pytest.mark.parametrize("task", ["openbookqa", "winogrande", "arc_challenge", "arc_easy", "piqa", "boolq"])
 def test_the_sets_of_the_card_are_exact(task, tmp_path):
     with card_tasks([task], SHARED_DATA / "evals") as tasks:
-        requests, gold = requests_and_gold(tasks[task][0])
+        requests, gold = requests_and_gold(tasks[task].task)
     assert is_exact(task, requests, gold)
     assert not is_exact(task, requests, [1 - gold[0], *gold[1:]])
     changed = [(requests[0][0][0], requests[0][0][1] + "."), *requests[0][1:]]

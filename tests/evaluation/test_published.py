@@ -9,13 +9,13 @@ import sys
 import pytest
 
 from modelscope_dolly.evaluation.published import (
-    BY_NAME,
-    NAMES,
-    ROWS,
+    CORRECT,
+    TASK_BY_NAME,
+    TASK_NAMES,
     TASKS,
     gmean,
     gmean_error,
-    row_of,
+    published_name,
     standard_error,
 )
 
@@ -35,12 +35,12 @@ LINES = [line.split() for line in PRINTED.strip().splitlines()]
 
 
 def scores(name: str) -> list[float]:
-    return [right / task.size for right, task in zip(ROWS[name], TASKS, strict=True)]
+    return [right / task.size for right, task in zip(CORRECT[name], TASKS, strict=True)]
 
 
 def test_rows_are_the_cards_in_its_order():
-    assert list(ROWS) == [line[0] for line in LINES]
-    assert sorted(ROWS, key=lambda name: gmean(scores(name))) == list(ROWS)
+    assert list(CORRECT) == [line[0] for line in LINES]
+    assert sorted(CORRECT, key=lambda name: gmean(scores(name))) == list(CORRECT)
 
 
 @pytest.mark.parametrize("line", LINES, ids=[line[0] for line in LINES])
@@ -53,7 +53,7 @@ def test_counts_give_every_printed_digit(line):
 def test_metrics_and_sizes_are_those_of_the_card():
     assert [task.name for task in TASKS if task.metric == "acc"] == ["winogrande", "boolq"]
     assert {task.metric for task in TASKS} == {"acc", "acc_norm"}
-    assert [BY_NAME[name].size for name in NAMES] == [500, 2376, 1267, 10042, 1172, 1838, 3270]
+    assert [TASK_BY_NAME[name].size for name in TASK_NAMES] == [500, 2376, 1267, 10042, 1172, 1838, 3270]
 
 
 def test_gmean_needs_all_seven_and_no_zero():
@@ -81,10 +81,10 @@ def errors(name: str) -> list[float]:
 
 
 def test_a_model_finds_its_row_by_the_last_part_of_its_name():
-    assert row_of("databricks/dolly-v2-3b") == "dolly-v2-3b"
-    assert row_of("EleutherAI/gpt-j-6b") == "gpt-j-6B"
-    assert row_of("/models/pythia-12b/") == "pythia-12b"
-    assert row_of("EleutherAI/pythia-12b-deduped") is None
+    assert published_name("databricks/dolly-v2-3b") == "dolly-v2-3b"
+    assert published_name("EleutherAI/gpt-j-6b") == "gpt-j-6B"
+    assert published_name("/models/pythia-12b/") == "pythia-12b"
+    assert published_name("EleutherAI/pythia-12b-deduped") is None
 
 
 def test_the_published_table_needs_neither_a_model_nor_torch():
@@ -92,5 +92,5 @@ def test_the_published_table_needs_neither_a_model_nor_torch():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert " torch" not in done.stderr and " lm_eval" not in done.stderr
     table = [line.split() for line in done.stdout.splitlines()]
-    assert table[0] == ["model", *NAMES, "gmean"]
+    assert table[0] == ["model", *TASK_NAMES, "gmean"]
     assert [[line[0], *line[2:]] for line in table[1:]] == LINES

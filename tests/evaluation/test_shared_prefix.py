@@ -27,7 +27,7 @@ def gptj() -> GPTJForCausalLM:
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPTJForCausalLM(config).eval()
-    torch.nn.init.normal_(model.lm_head.bias)  # NeoX's head has none
+    torch.nn.init.normal_(model.lm_head.bias)  # GPTNeoX's head has none
     return model
 
 
@@ -109,8 +109,11 @@ def test_work_counts_requests_shared_tokens_and_padding():
     scorer = Scorer(neox(), 256, rows=2)
     scorer.score(asked)
     # 4 + 4 + 1 tokens asked; the trees have 5 nodes and 1; the second row is padded to 5.
-    assert (scorer.work.asked, scorer.work.useful, scorer.work.computed) == (9, 6, 10)
-    assert scorer.work.padding == pytest.approx(0.4)
+    assert (scorer.counts.asked, scorer.counts.useful, scorer.counts.computed) == (9, 6, 10)
+    assert scorer.counts.speed(2.0) == {
+        "seconds": 2.0, "requests": 3, "tokens_asked": 9, "tokens_computed": 10, "tokens_per_s": 4.5,
+        "padding_share": pytest.approx(0.4),
+    }  # fmt: skip
 
 
 def test_all_requests_are_reported_as_done():

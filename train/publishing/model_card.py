@@ -88,7 +88,7 @@ def copy_picture(run: Path, directory: Path) -> bool:
 
 def evaluation_section(evaluation: Path, evaluated: str | None, model_id: str) -> str:
     """The table that `dolly eval` left, beside the published rows. Raises SettingError: it left none there."""
-    from modelscope_dolly.evaluation.results import markdown_table
+    from modelscope_dolly.evaluation.tables import markdown_table
 
     table = markdown_table(evaluation, evaluated, model_id if evaluated else None)
     return table.strip().replace("<", "&lt;")  # names of models stand in it as they are

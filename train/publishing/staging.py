@@ -20,7 +20,7 @@ from modelscope_dolly.checkpoint.reader import open_checkpoint
 from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.checkpoint.writer import write_side_files
 from modelscope_dolly.errors import CheckpointError, SettingError, one_line
-from modelscope_dolly.evaluation.subject import digest
+from modelscope_dolly.evaluation.model_under_test import files_digest
 from modelscope_dolly.files import file_sha256, new_directory
 from train.publishing.model_card import write_card
 from train.publishing.remote_files import Destination
@@ -93,7 +93,7 @@ def stage(
         write_side_files(directory, checkpoint.tokenizer)
         about = {"run": run, "evaluation": evaluation, "license": to.license}
         if evaluation:
-            about["evaluated"] = digest(source, weight_files(source))
+            about["evaluated"] = files_digest(source, weight_files(source))
         write_card(directory, to.model_id, to.revision, **about)
         _check_names(directory)
         manifest.write(directory)

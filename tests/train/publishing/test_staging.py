@@ -14,8 +14,8 @@ from modelscope_dolly.checkpoint.check import check_directory
 from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.errors import CheckpointError, SettingError
 from modelscope_dolly.evaluation import store
+from modelscope_dolly.evaluation.model_under_test import files_digest
 from modelscope_dolly.evaluation.store import RunIdentity
-from modelscope_dolly.evaluation.subject import digest
 from tests.support.layouts import copy_2023_layout, plain_hf, shard
 from train.publishing import staging
 from train.publishing.remote_files import Destination
@@ -190,6 +190,6 @@ def test_only_an_evaluation_of_these_very_files_gets_into_the_card(final, tmp_pa
     results("ab" * 32, "another")
     with pytest.raises(SettingError, match=r"holds results of another \(abababababab\), none of the files that are"):
         stage(final, TO, evaluation=tmp_path / "eval")
-    results(digest(final, weight_files(final)), "final")
+    results(files_digest(final, weight_files(final)), "final")
     card = (stage(final, TO, evaluation=tmp_path / "eval").directory / "README.md").read_text()
     assert "| me/tiny | n/a |" in card and "| another |" not in card and "| final |" not in card

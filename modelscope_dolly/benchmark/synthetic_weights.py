@@ -1,4 +1,4 @@
-"""A checkpoint of random weights in a real shape, for measurements: speed does not depend on what the weights say.
+"""A checkpoint of random weights in a real shape, for measurements: speed does not depend on the values.
 
 It is a complete directory like any other, so that whatever reads checkpoints can be measured on the same weights. The
 tokenizer knows bytes and the control keys only; measurements work with token ids.
@@ -25,8 +25,8 @@ from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
 
-#: Weights are cut from one block of so many random values, at places that differ from tensor to tensor. A prime, so
-#: that the rows of a matrix never repeat.
+#: Weights are cut from one block of so many random values, at offsets that differ from tensor to tensor. A prime,
+#: so that the rows of a matrix never repeat.
 _BLOCK = 16_777_213
 _STRIDE = 1_048_573
 #: As the initialisation of GPT-NeoX; it keeps activations of a deep network finite in every number type.
@@ -37,10 +37,10 @@ def parse_shape(text: str) -> GPTNeoXConfig:
     """`3b`, `7b`, `12b`, or HIDDENxLAYERSxHEADS such as 1024x24x16. Raises SettingError."""
     if text in SHAPES:
         return shape_config(text)
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    if not found:
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if not match:
         raise SettingError(unknown_name("shape", text, (*SHAPES, "HIDDENxLAYERSxHEADS")))
-    hidden, layers, heads = map(int, found.groups())
+    hidden, layers, heads = map(int, match.groups())
     # a head's rotary part is a quarter of its width, and goes in pairs
     if not (0 < hidden <= 1 << 16 and 0 < layers <= 1024 and heads > 0 and hidden % (8 * heads) == 0):
         raise SettingError(f"shape {text!r}: the hidden size must be a multiple of 8 times the heads, both at least 1")
@@ -58,7 +58,7 @@ def make_checkpoint(config: GPTNeoXConfig, target: Path, seed: int = 0, dtype: t
         HardwareError: the disk is too small; said before anything is written.
     """
     need = weight_bytes(config, dtype.itemsize)
-    check_disk(target, need, "a checkpoint of this shape", "give another place with --keep DIR, or set TMPDIR")
+    check_disk(target, need, "a checkpoint of this shape", "give another directory with --keep DIR, or set TMPDIR")
     with new_directory(target) as directory:
         config.architectures, config.dtype = ["GPTNeoXForCausalLM"], dtype
         config.save_pretrained(directory)
@@ -95,7 +95,7 @@ def _tokenizer() -> DollyTokenizer:
     alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    backend.capture = decoders.ByteLevel()
     keys = [AddedToken(key, special=True, normalized=False) for key in (END_OF_TEXT, *CONTROL_KEYS)]
     backend.add_special_tokens(keys)
     return DollyTokenizer(

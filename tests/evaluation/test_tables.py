@@ -10,18 +10,18 @@ import json
 import pytest
 
 from modelscope_dolly.errors import SettingError
-from modelscope_dolly.evaluation import results, store
-from modelscope_dolly.evaluation.published import BY_NAME, NAMES, ROWS
-from modelscope_dolly.evaluation.rows import (
-    Row,
+from modelscope_dolly.evaluation import store, tables
+from modelscope_dolly.evaluation.comparison import (
+    ResultRow,
     check_can_pass,
     differences,
     failures,
+    measured_row,
     published_rows,
     reference_row,
-    row_from,
-    table_rows,
+    with_published,
 )
+from modelscope_dolly.evaluation.published import CORRECT, TASK_BY_NAME, TASK_NAMES
 from modelscope_dolly.evaluation.store import RunIdentity, TaskResult
 
 RUN = RunIdentity(
@@ -32,13 +32,13 @@ RUN = RunIdentity(
 
 def result(task: str, off: int = 0, run: RunIdentity = RUN, **changes) -> TaskResult:
     """The published count of dolly-v2-3b and a few more right answers."""
-    right = dict(zip(NAMES, ROWS["dolly-v2-3b"], strict=True))[task] + off
-    values = dict(data="d" * 64, task_version="1.0", size=BY_NAME[task].size, exact=True)
+    right = dict(zip(TASK_NAMES, CORRECT["dolly-v2-3b"], strict=True))[task] + off
+    values = dict(data="d" * 64, task_version="1.0", size=TASK_BY_NAME[task].size, exact=True)
     return TaskResult(task=task, run=run, correct={"acc": right, "acc_norm": right}, **{**values, **changes})
 
 
 def whole(run: RunIdentity = RUN, **off: int) -> list[TaskResult]:
-    return [result(name, off.get(name, 0), run) for name in NAMES]
+    return [result(name, off.get(name, 0), run) for name in TASK_NAMES]
 
 
 def test_a_stored_result_comes_back(tmp_path):
@@ -47,7 +47,9 @@ def test_a_stored_result_comes_back(tmp_path):
     assert store.read(path) == stored
     assert store.find(tmp_path, RUN, "piqa", "d" * 64, "1.0") == stored
     facts = json.loads(path.read_text())
-    assert facts["score"] == stored.right / 1838 and facts["metric"] == "acc_norm" and facts["comparable"] is True
+    assert (
+        facts["score"] == stored.card_correct / 1838 and facts["metric"] == "acc_norm" and facts["comparable"] is True
+    )
     assert json.loads((path.parent / "piqa.samples.jsonl").read_text())["loglikelihoods"] == [-1.0, -2.0]
 
 
@@ -94,13 +96,13 @@ def test_hub_names_make_directories_inside_the_output(tmp_path):
 
 
 def test_the_same_counts_reproduce_the_card():
-    row, reference = row_from(whole()), reference_row(None, "databricks/dolly-v2-3b")
+    row, reference = measured_row(whole()), reference_row(None, "databricks/dolly-v2-3b")
     assert failures(row, reference) == []
     assert all(found.items == 0 for found in differences(row, reference).values())
 
 
 def test_differences_are_in_items_and_standard_errors():
-    found = differences(row_from(whole(boolq=-50)), reference_row("dolly-v2-3b", ""))["boolq"]
+    found = differences(measured_row(whole(boolq=-50)), reference_row("dolly-v2-3b", ""))["boolq"]
     assert found.items == -50
     assert found.errors == pytest.approx(-50 / 3270 / 0.0086446, rel=1e-3)
 
@@ -111,11 +113,11 @@ def test_differences_are_in_items_and_standard_errors():
         ({"boolq": 49}, []),  # 1.498 points
         ({"boolq": 50}, ["boolq: +1.53 points"]),
         ({"openbookqa": -8}, ["openbookqa: -1.60 points"]),
-        ({name: BY_NAME[name].size * 14 // 1000 for name in NAMES}, ["gmean: 0.559"]),
+        ({name: TASK_BY_NAME[name].size * 14 // 1000 for name in TASK_NAMES}, ["gmean: 0.559"]),
     ],
 )
 def test_check_allows_one_and_a_half_points_and_007(off, says):
-    found = failures(row_from(whole(**off)), reference_row("dolly-v2-3b", ""))
+    found = failures(measured_row(whole(**off)), reference_row("dolly-v2-3b", ""))
     assert len(found) == len(says)
     for message, start in zip(found, says, strict=True):
         assert message.startswith(start)
@@ -123,11 +125,11 @@ def test_check_allows_one_and_a_half_points_and_007(off, says):
 
 def test_check_fails_for_what_is_missing_or_not_comparable():
     reference = reference_row("dolly-v2-3b", "")
-    assert failures(row_from(whole()[:-1]), reference) == ["boolq: not run"]
+    assert failures(measured_row(whole()[:-1]), reference) == ["boolq: not run"]
     inexact = [dataclasses.replace(one, exact=one.task != "hellaswag") for one in whole()]
-    assert failures(row_from(inexact), reference) == ["not comparable: hellaswag is not the card's data"]
+    assert failures(measured_row(inexact), reference) == ["not comparable: hellaswag is not the card's data"]
     limited = [dataclasses.replace(one, run=dataclasses.replace(RUN, limit=9), exact=None) for one in whole()]
-    assert failures(row_from(limited), reference) == ["not comparable: limit 9"]
+    assert failures(measured_row(limited), reference) == ["not comparable: limit 9"]
 
 
 def test_a_check_that_nobody_can_pass_is_refused():
@@ -145,10 +147,10 @@ def test_a_check_that_nobody_can_pass_is_refused():
 
 
 def test_rows_are_sorted_by_gmean_and_incomplete_ones_come_first():
-    mine = row_from(whole(boolq=10))
-    half = row_from(whole()[:3])
+    mine = measured_row(whole(boolq=10))
+    half = measured_row(whole()[:3])
     assert half.gmean is None
-    names = [(row.name, row.published) for row in table_rows([mine, half])]
+    names = [(row.name, row.published) for row in with_published([mine, half])]
     at = names.index(("dolly-v2-3b", True))
     assert names[0] == ("dolly-v2-3b", False) and names[at + 1] == ("dolly-v2-3b", False)
     assert len(names) == 11
@@ -156,8 +158,8 @@ def test_rows_are_sorted_by_gmean_and_incomplete_ones_come_first():
 
 def limited_output(tmp_path):
     run = dataclasses.replace(RUN, limit=100)
-    for name in NAMES:
-        store.write(tmp_path, result(name, run=run, size=BY_NAME[name].size, exact=None), [])
+    for name in TASK_NAMES:
+        store.write(tmp_path, result(name, run=run, size=TASK_BY_NAME[name].size, exact=None), [])
     return tmp_path
 
 
@@ -167,7 +169,7 @@ def test_a_limit_is_told_wherever_the_result_appears(tmp_path, monkeypatch):
     labels = []
     real = Axes.set_yticks
     monkeypatch.setattr(Axes, "set_yticks", lambda self, *a, **k: (labels.extend(a[1]), real(self, *a, **k))[1])
-    files = results.write_tables(limited_output(tmp_path))
+    files = tables.write_tables(limited_output(tmp_path), tables.all_rows(tmp_path))
     says = "NOT comparable: limit 100"
     assert [path.name for path in files] == ["table.md", "table.csv", "table.json", "plot.png"]
     assert says in (tmp_path / "table.md").read_text()
@@ -180,17 +182,17 @@ def test_a_limit_is_told_wherever_the_result_appears(tmp_path, monkeypatch):
     assert row["comparable"] is False and row["not_comparable_because"] == ["limit 100"]
     stored = json.loads(next(tmp_path.glob("*/piqa.json")).read_text())
     assert stored["comparable"] is False and stored["not_comparable_because"] == ["limit 100"]
-    [mine] = results.measured_rows(tmp_path)
-    assert says in results.text_table([mine])
-    assert "NOT comparable" in results.text_differences(mine, reference_row("dolly-v2-3b", ""))
+    [mine] = [row for row in tables.all_rows(tmp_path) if not row.published]
+    assert says in tables.text_table([mine])
+    assert "NOT comparable" in tables.text_differences(mine, reference_row("dolly-v2-3b", ""))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_markdown_for_a_card_has_both_kinds_of_rows(tmp_path):
     for one in whole():
         store.write(tmp_path, one, [])
-    lines = results.markdown_table(tmp_path).splitlines()
-    assert lines[0] == "| model | " + " | ".join(NAMES) + " | gmean |"
+    lines = tables.markdown_table(tmp_path).splitlines()
+    assert lines[0] == "| model | " + " | ".join(TASK_NAMES) + " | gmean |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:12]]
     [mine] = [row for row in cells if row[0] == "dolly-v2-3b"]
     [card] = [row for row in cells if row[0] == "dolly-v2-3b (card)"]
@@ -200,14 +202,14 @@ def test_markdown_for_a_card_has_both_kinds_of_rows(tmp_path):
 
 def test_no_results_is_said(tmp_path):
     with pytest.raises(SettingError, match="holds no results"):
-        results.markdown_table(tmp_path)
+        tables.markdown_table(tmp_path)
 
 
 def test_a_plot_draws_intervals_inside_zero_and_one(tmp_path):
-    row = Row("tiny", {"piqa": (1, 2)}, published=False)
-    assert results.plot([*published_rows(), row], tmp_path / "plot.png").stat().st_size > 10_000
+    row = ResultRow("tiny", {"piqa": (1, 2)}, published=False)
+    assert tables.plot([*published_rows(), row], tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_another_revision_of_a_hub_model_has_another_name():
     run = dataclasses.replace(RUN, model="databricks/dolly-v2-3b", revision="v2")
-    assert row_from(whole(run)).name == "databricks/dolly-v2-3b@v2"
+    assert measured_row(whole(run)).name == "databricks/dolly-v2-3b@v2"

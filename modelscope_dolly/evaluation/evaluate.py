@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -18,19 +18,19 @@ import torch
 
 from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
 from modelscope_dolly.evaluation import store
-from modelscope_dolly.evaluation.data import is_exact
 from modelscope_dolly.evaluation.lm_eval_adapter import (
     CardLM,
+    LoadedTask,
     SharedPrefixLM,
-    Task,
     card_tasks,
     requests_and_gold,
     score,
 )
-from modelscope_dolly.evaluation.published import BY_NAME, NAMES
+from modelscope_dolly.evaluation.model_under_test import ModelUnderTest, find_model, load_network, load_tokenizer
+from modelscope_dolly.evaluation.published import TASK_BY_NAME, TASK_NAMES
 from modelscope_dolly.evaluation.shared_prefix import MODEL_TYPES
 from modelscope_dolly.evaluation.store import RunIdentity, TaskResult
-from modelscope_dolly.evaluation.subject import Subject, examine, load_model, load_tokenizer
+from modelscope_dolly.evaluation.task_data import is_exact
 from modelscope_dolly.hardware import DTYPES, dtype_name, parse_dtype
 from modelscope_dolly.prompt import DollyTokenizer
 
@@ -39,12 +39,12 @@ TEMPLATES = ("none", "dolly")
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalSettings:
     """What the user asked for; see `dolly eval --help`."""
 
     model: str
     revision: str | None = None
-    tasks: Sequence[str] = NAMES
+    tasks: Sequence[str] = TASK_NAMES
     limit: int | None = None
     data: Path | None = None
     batch_size: str = "auto"
@@ -73,133 +73,115 @@ class Settings:
             raise SettingError(f"{self.output}: is a file; --output takes a directory")
 
 
-def check_tasks(tasks: Iterable[str]) -> None:
-    """Raises SettingError for a task that the card has not; names the nearest."""
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises SettingError for a task that the card has not, naming the nearest, and for no task at all."""
+    if not tasks:
+        raise SettingError(f"--tasks names no task; allowed: {', '.join(TASK_NAMES)}")
     for task in tasks:
-        if task not in NAMES:
-            raise SettingError(unknown_name("task", task, NAMES))
+        if task not in TASK_NAMES:
+            raise SettingError(unknown_name("task", task, TASK_NAMES))
 
 
-def evaluate(settings: Settings) -> list[TaskResult]:
-    """Score the model on each task that is not stored yet, and store it; returns all that were asked for.
+def evaluate(settings: EvalSettings) -> list[TaskResult]:
+    """Score the model on each task that is not stored yet, and store it; returns the results of all tasks.
 
     Raises:
         SettingError, CheckpointError, HardwareError: one line that says what to change.
     """
     settings.check()
     with card_tasks(settings.tasks, settings.data) as tasks:
-        subject = examine(settings.model, settings.revision, settings.device, settings.dtype)
-        run = identify(subject, settings)
-        results = {name: store.find(settings.output, run, name, *known) for name, (_, *known) in tasks.items()}
-        waiting = [name for name, result in results.items() if result is None]
-        if len(waiting) < len(tasks):
-            _say(f"{len(tasks) - len(waiting)} of {len(tasks)} tasks are stored in {settings.output / run.directory}")
-        lm = open_lm(subject, settings, run.scorer) if waiting else None
-        for name in waiting:
+        model = find_model(settings.model, settings.revision, settings.device, settings.dtype)
+        run = identify(model, settings)
+        results = {
+            name: store.find(settings.output, run, name, loaded.data, loaded.version) for name, loaded in tasks.items()
+        }
+        missing = [name for name, result in results.items() if result is None]
+        if len(missing) < len(tasks):
+            _log(f"{len(tasks) - len(missing)} of {len(tasks)} tasks are stored in {settings.output / run.directory}")
+        lm = open_lm(model, settings, run.scorer) if missing else None
+        for name in missing:
             try:
                 result, samples = run_task(lm, name, tasks[name], run)
             except KeyboardInterrupt:
                 done = sum(result is not None for result in results.values())
-                _say(
-                    f"\nstopped in {name}; {done} of {len(tasks)} tasks are stored, the same command goes on from there"
-                )
+                _log(f"\nstopped in {name}; {done} of {len(tasks)} tasks are stored, the same command resumes there")
                 raise
             store.write(settings.output, result, samples)
             results[name] = result
-            _say(_line(result))
+            _log(_summary(result))
     return list(results.values())
 
 
-def identify(subject: Subject, settings: Settings) -> RunIdentity:
-    """All that determines the scores, but for the data."""
-    shared = subject.config.model_type in MODEL_TYPES
+def identify(model: ModelUnderTest, settings: EvalSettings) -> RunIdentity:
+    """All that determines the scores, except for the data."""
+    shared = model.config.model_type in MODEL_TYPES
     if settings.scorer == "shared" and not shared:
         raise SettingError(
-            f"--scorer shared knows {', '.join(MODEL_TYPES)}, not {subject.config.model_type}; use --scorer hf"
+            f"--scorer shared supports {', '.join(MODEL_TYPES)}, not {model.config.model_type}; use --scorer hf"
         )
     return RunIdentity(
-        model=subject.name,
-        revision=subject.revision,
-        files_sha256=subject.files_sha256,
-        dtype=dtype_name(subject.dtype),
-        softmax_dtype=dtype_name(_softmax(settings, subject)),
-        device=subject.device_name,
-        scorer="hf" if settings.scorer == "hf" or not shared else "shared",
-        batch_size=settings.batch_size,
-        limit=settings.limit,
-        template=settings.template,
+        model=model.name, revision=model.revision, files_sha256=model.files_sha256, dtype=dtype_name(model.dtype),
+        softmax_dtype=dtype_name(_softmax_dtype(settings, model)), device=model.device_name,
+        scorer="hf" if settings.scorer == "hf" or not shared else "shared", batch_size=settings.batch_size,
+        limit=settings.limit, template=settings.template,
         versions={name: version(name) for name in ("lm_eval", "torch", "transformers")},
-    )
+    )  # fmt: skip
 
 
-def _softmax(settings: Settings, subject: Subject) -> torch.dtype:
-    return subject.dtype if settings.softmax_dtype == "model" else parse_dtype(settings.softmax_dtype)
+def _softmax_dtype(settings: EvalSettings, model: ModelUnderTest) -> torch.dtype:
+    return model.dtype if settings.softmax_dtype == "model" else parse_dtype(settings.softmax_dtype)
 
 
-def open_lm(subject: Subject, settings: Settings, scorer: str) -> CardLM:
+def open_lm(model: ModelUnderTest, settings: EvalSettings, scorer: str) -> CardLM:
     """Load the model for lm-eval; the tokenizer first, as what is wrong with it shows in a second."""
-    tokenizer = load_tokenizer(subject)
+    tokenizer = load_tokenizer(model)
     prompt = DollyTokenizer(tokenizer) if settings.template == "dolly" else None
-    model = load_model(subject)
-    kind = SharedPrefixLM if scorer == "shared" else CardLM
-    return kind(model, tokenizer, settings.batch_size, _softmax(settings, subject), prompt)
+    network = load_network(model)
+    lm_class = SharedPrefixLM if scorer == "shared" else CardLM
+    return lm_class(network, tokenizer, settings.batch_size, _softmax_dtype(settings, model), prompt)
 
 
-def run_task(lm: CardLM, name: str, known: Task, run: RunIdentity) -> tuple[TaskResult, list[dict]]:
+def run_task(lm: CardLM, name: str, loaded: LoadedTask, run: RunIdentity) -> tuple[TaskResult, list[dict]]:
     """Score one task; returns its result and one sample per document."""
-    task, data, task_version = known
-    before, began = (lm.asked, lm.useful, lm.computed), time.perf_counter()
+    lm.counts.reset()
+    start = time.perf_counter()
     try:
-        logged = score(lm, task, run.limit)
+        samples = score(lm, loaded.task, run.limit)
     except torch.cuda.OutOfMemoryError:
         raise HardwareError(
             f"{name}: the memory of {lm.device} was full at --batch-size {run.batch_size}; use a smaller number"
         ) from None
-    seconds = time.perf_counter() - began
-    asked, useful, computed = (now - then for now, then in zip((lm.asked, lm.useful, lm.computed), before, strict=True))
-    metrics = [metric for metric in ("acc", "acc_norm") if metric in logged[0]]
+    seconds = time.perf_counter() - start
+    metrics = [metric for metric in ("acc", "acc_norm") if metric in samples[0]]
     exact = None
     if run.limit is None and run.template == "none":
-        exact = is_exact(name, [sample["arguments"] for sample in logged], [sample["gold"] for sample in logged])
+        exact = is_exact(name, [sample["arguments"] for sample in samples], [sample["gold"] for sample in samples])
     result = TaskResult(
-        task=name,
-        run=run,
-        data=data,
-        task_version=task_version,
-        size=len(logged),
-        correct={metric: round(sum(sample[metric] for sample in logged)) for metric in metrics},
-        exact=exact,
-        speed={
-            "seconds": seconds,
-            "requests": sum(len(sample["arguments"]) for sample in logged),
-            "tokens_asked": asked,
-            "tokens_computed": computed,
-            "tokens_per_s": asked / seconds,
-            "padding_share": 1 - useful / computed,
-        },
-        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
-    return result, [_sample(sample) for sample in logged]
+        task=name, run=run, data=loaded.data, task_version=loaded.version, size=len(samples),
+        correct={metric: round(sum(sample[metric] for sample in samples)) for metric in metrics}, exact=exact,
+        speed=lm.counts.speed(seconds), finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    return result, [_compact(sample, metrics) for sample in samples]
 
 
-def _sample(sample: dict) -> dict:
-    """One document, with what a paired comparison of two models needs."""
+def _compact(sample: dict, metrics: list[str]) -> dict:
+    """What a paired comparison of two models needs of one document."""
     return {
         **{name: sample[name] for name in ("doc_id", "doc_hash", "gold")},
         "loglikelihoods": [float(value) for value, _ in sample["filtered_resps"]],
         "greedy": [bool(greedy) for _, greedy in sample["filtered_resps"]],
-        **{metric: int(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample},
+        **{metric: int(sample[metric]) for metric in metrics},
     }
 
 
-def verify(names: Sequence[str], data: Path | None) -> list[dict]:
-    """Whether each task's data give the card's requests: {task, file, documents, exact}; loads no model.
+def verify(tasks: Sequence[str], data: Path | None) -> list[dict]:
+    """Whether each task's data give the card's requests: {task, file, documents, exact, note}; loads no model.
 
     With `data`, every file whose name begins with that of a task is looked at, `hellaswag_1000.jsonl` for example.
     """
-    check_tasks(names)
+    check_tasks(tasks)
     findings = []
-    for name in names:
+    for name in tasks:
         if data is not None and not (data / f"{name}.jsonl").is_file():
             findings.append({"task": name, "file": f"{name}.jsonl", "documents": 0, "exact": False, "note": "missing"})
         else:
@@ -213,23 +195,24 @@ def verify(names: Sequence[str], data: Path | None) -> list[dict]:
 
 def _verify(name: str, data: Path | None) -> dict:
     with card_tasks([name], data) as tasks:
-        requests, gold = requests_and_gold(tasks[name][0])
-    exact = is_exact(name, requests, gold)
-    size = BY_NAME[name].size
-    note = "" if len(requests) == size else f"{len(requests)} documents, the card's set has {size}"
-    note = note or ("" if exact else "requests or right answers differ from the card's")
+        requests, gold = requests_and_gold(tasks[name].task)
+    exact, note = is_exact(name, requests, gold), ""
+    if len(requests) != TASK_BY_NAME[name].size:
+        note = f"{len(requests)} documents, the card's set has {TASK_BY_NAME[name].size}"
+    elif not exact:
+        note = "requests or right answers differ from the card's"
     file = f"{name}.jsonl" if data is not None else "downloaded"
     return {"task": name, "file": file, "documents": len(requests), "exact": exact, "note": note}
 
 
-def _line(result: TaskResult) -> str:
+def _summary(result: TaskResult) -> str:
     speed = result.speed
     note = f"  NOT comparable: {'; '.join(result.obstacles)}" if result.obstacles else ""
     return (
-        f"{result.task}: {result.score:.6g} ({result.right} of {result.size}) in {speed['seconds']:.1f} s, "
+        f"{result.task}: {result.score:.6g} ({result.card_correct} of {result.size}) in {speed['seconds']:.1f} s, "
         f"{speed['tokens_per_s']:,.0f} tokens/s, {100 * speed['padding_share']:.1f} % padding{note}"
     )
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

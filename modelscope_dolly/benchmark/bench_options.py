@@ -1,4 +1,4 @@
-"""What `dolly bench` can be asked. Nothing heavy is imported here: the command line reads it to print its help."""
+"""Options of `dolly bench`. Nothing heavy is imported here: the command line reads it to print its help."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 
 from modelscope_dolly.errors import SettingError, unknown_name
 
-ENGINES = ("hf", "hf-compile", "ctranslate2", "llamacpp", "vllm")
+PEERS = ("hf", "hf-compile", "ctranslate2", "llamacpp", "vllm")
 FORMATS = ("none", "int8", "int4")
-#: engine=interpreter pairs, separated by commas, as with --peer-python.
+#: Flags that choose another measurement than speed; one at a time.
+MODES = ("mixed", "quality", "cold", "lookup", "draft")
+#: peer=interpreter pairs, separated by commas, as with --peer-python.
 PEER_VARIABLE = "DOLLY_PEER_PYTHON"
 
 
@@ -47,6 +49,11 @@ class BenchSettings:
     keep: str | None = None
     seed: int = 0
 
+    @property
+    def mode(self) -> str:
+        """One of MODES, or "speed"."""
+        return next((name for name in MODES if getattr(self, name)), "speed")
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="directory or hub id; without it, random weights of --shape")
@@ -56,23 +63,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--mixed", type=int, metavar="N", help="N requests with answers of very different length")
     what.add_argument("--quality", action="store_true", help="what quantisation does to the model's predictions")
     what.add_argument("--cold", action="store_true", help="from the start of a process to its first token, by phase")
-    what.add_argument("--lookup", action="store_true", help="guessing from the prompt, on the records of --data")
-    what.add_argument("--draft", metavar="SHAPE_OR_DIR", help="how often this model's guesses must be right to pay")
+    what.add_argument("--lookup", action="store_true", help="draft tokens from the prompt, on the records of --data")
+    what.add_argument("--draft", metavar="SHAPE_OR_DIR", help="acceptance rate from which this draft model pays")
     how = parser.add_argument_group("how")
     how.add_argument("--device", help="cpu or cuda:N (default: first GPU, else CPU)")
-    how.add_argument("--dtype", help="bf16, fp16, fp32, or several with commas (default: what suits the device)")
+    how.add_argument(
+        "--dtype", dest="dtypes", metavar="DTYPE",
+        help="bf16, fp16, fp32, or several with commas (default: what suits the device)",
+    )  # fmt: skip
     how.add_argument("--quantize", default="none", help="none, int8, int4, or several with commas (default: none)")
-    how.add_argument("--batch", default="1,8", help="batch sizes (default: 1,8)")
+    how.add_argument("--batch", dest="batches", metavar="BATCH", default="1,8", help="batch sizes (default: 1,8)")
     how.add_argument("--threads", type=int, help="CPU threads (default: the physical cores)")
-    how.add_argument("--repeats", type=int, default=3, help="of each measurement, behind a warm-up (default: 3)")
+    how.add_argument("--repeats", type=int, default=3, help="of each measurement, after a warm-up (default: 3)")
     how.add_argument("--prompt-tokens", type=int, default=128, help="length of each prompt (default: 128)")
     how.add_argument(
         "--new-tokens", type=int, help="length of each answer (default: 64); the longest, with --mixed (256)"
     )
-    how.add_argument("--slots", type=int, default=8, help="answers in work at once, with --mixed (default: 8)")
+    how.add_argument("--slots", type=int, default=8, help="sequences decoded at once, with --mixed (default: 8)")
     how.add_argument("--seed", type=int, default=0, help="of random weights, prompts and lengths (default: 0)")
     beside = parser.add_argument_group("beside what")
-    beside.add_argument("--peers", help=f"{', '.join(ENGINES)} or none (default: hf, and the others if installed)")
+    beside.add_argument("--peers", help=f"{', '.join(PEERS)} or none (default: hf, and the others if installed)")
     beside.add_argument(
         "--peer-python", action="append", default=[], metavar="PEER=PYTHON",
         help=f"interpreter in which a peer is installed; for llamacpp, its llama-batched-bench (or ${PEER_VARIABLE})",
@@ -82,49 +92,46 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--data", metavar="FILE", help="jsonl with instruction, context, response (--quality, --lookup)")
     files.add_argument("--records", type=int, help="how many of them, drawn by --seed (default: 32; 8 with --lookup)")
     files.add_argument("--tokenizer", metavar="DIR", help="tokenizer of a real dolly-v2 for random weights (--lookup)")
-    files.add_argument("--keep", metavar="DIR", help="keep random weights and converted ones here, and use them again")
+    files.add_argument("--keep", metavar="DIR", help="keep random weights and converted ones here, and reuse them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def settings_of(options: argparse.Namespace) -> BenchSettings:
     """Check the flags. Raises SettingError."""
+    values = {name: getattr(options, name) for name in BenchSettings.__dataclass_fields__}
     if options.model and options.shape:
         raise SettingError(
             f"--shape {options.shape} and the model {options.model} exclude each other; give one of them"
         )
-    names = ("mixed", "quality", "cold", "lookup", "draft")
-    modes = [name for name in names if getattr(options, name) not in (None, False)]
+    modes = [name for name in MODES if values[name] not in (None, False)]
     if len(modes) > 1:
         raise SettingError(f"--{modes[0]} and --{modes[1]} are measurements of their own; give one of them")
     if options.quality and not options.model:
         raise SettingError("--quality needs a model: random weights have no quality to lose")
     if options.lookup and not options.data:
-        raise SettingError("--lookup needs --data FILE: how often a guess is right depends on the text")
-    quantize = _names("quantize", options.quantize, FORMATS)
-    if options.quality and quantize == ("none",):
-        quantize = ("int8",)
-    longest = options.new_tokens if options.new_tokens is not None else (256 if options.mixed else 64)
-    peers = None if options.peers is None else _names("peer", options.peers, (*ENGINES, "none"))
+        raise SettingError("--lookup needs --data FILE: how many draft tokens are accepted depends on the text")
+    values["quantize"] = _names("quantize", options.quantize, FORMATS)
+    if options.quality and values["quantize"] == ("none",):
+        values["quantize"] = ("int8",)
+    if options.peers is not None:
+        values["peers"] = tuple(name for name in _names("peer", options.peers, (*PEERS, "none")) if name != "none")
     for name in ("threads", "repeats", "prompt_tokens", "mixed", "slots", "records"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise SettingError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
-    if longest < 2:
-        raise SettingError(f"--new-tokens is {longest}, it must be at least 2: the first one is the prompt's")
-    if options.prompt_tokens + longest > 2048:
+        if values[name] is not None and values[name] < 1:
+            raise SettingError(f"--{name.replace('_', '-')} is {values[name]}, it must be at least 1")
+    if options.new_tokens is None:
+        values["new_tokens"] = 256 if options.mixed else 64
+    if values["new_tokens"] < 2:
         raise SettingError(
-            f"--prompt-tokens and --new-tokens together are {options.prompt_tokens + longest}, over 2048"
+            f"--new-tokens is {values['new_tokens']}, it must be at least 2: the first one is the prompt's"
         )
-    return BenchSettings(
-        model=options.model, revision=options.revision, shape=None if options.model else options.shape or "3b",
-        device=options.device, dtypes=tuple(options.dtype.split(",")) if options.dtype else (), quantize=quantize,
-        batches=_sizes(options.batch), peers=None if peers is None else tuple(p for p in peers if p != "none"),
-        peer_python=_interpreters(options.peer_python), gguf=_existing("--gguf", options.gguf),
-        threads=options.threads, repeats=options.repeats, prompt_tokens=options.prompt_tokens, new_tokens=longest,
-        mixed=options.mixed, slots=options.slots, quality=options.quality, cold=options.cold, lookup=options.lookup,
-        draft=options.draft, data=_existing("--data", options.data), records=options.records, keep=options.keep,
-        tokenizer=_existing("--tokenizer", options.tokenizer), seed=options.seed,
-    )  # fmt: skip
+    if (longest := options.prompt_tokens + values["new_tokens"]) > 2048:
+        raise SettingError(f"--prompt-tokens and --new-tokens together are {longest}, over 2048")
+    for name in ("gguf", "data", "tokenizer"):
+        if values[name] is not None and not Path(values[name]).exists():
+            raise SettingError(f"--{name} {values[name]}: no such file")
+    values |= {"shape": None if options.model else options.shape or "3b", "batches": _sizes(options.batches)}
+    values |= {"dtypes": tuple(options.dtypes.split(",")) if options.dtypes else ()}
+    return BenchSettings(**{**values, "peer_python": _interpreters(options.peer_python)})
 
 
 def _names(kind: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
@@ -143,25 +150,18 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def _existing(flag: str, name: str | None) -> str | None:
-    if name is not None and not Path(name).exists():
-        raise SettingError(f"{flag} {name}: no such file")
-    return name
-
-
 def _interpreters(pairs: list[str]) -> dict[str, str]:
-    """Engine -> interpreter; flags win over the environment."""
-    found = {}
+    """Peer -> interpreter; flags win over the environment."""
+    programs = {peer: sys.executable for peer in PEERS if peer != "llamacpp"}
     for pair in [*filter(None, os.environ.get(PEER_VARIABLE, "").split(",")), *pairs]:
-        engine, sign, program = pair.partition("=")
+        peer, sign, program = pair.partition("=")
         if not sign:
             raise SettingError(
                 f"--peer-python {pair!r}: expected PEER=PYTHON, for example ctranslate2=/venv/bin/python"
             )
-        if engine not in ENGINES:
-            raise SettingError(unknown_name("peer", engine, ENGINES))
-        path = shutil.which(program)
-        if path is None:
+        if peer not in PEERS:
+            raise SettingError(unknown_name("peer", peer, PEERS))
+        if (path := shutil.which(program)) is None:
             raise SettingError(f"--peer-python {pair}: {program} is not a program that can be run")
-        found[engine] = path
-    return {engine: sys.executable for engine in ENGINES if engine not in ("llamacpp",)} | found
+        programs[peer] = path
+    return programs

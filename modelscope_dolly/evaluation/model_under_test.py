@@ -28,28 +28,20 @@ _SIDE_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt",
 )  # fmt: skip
+_LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is known and fits, its weights still on disk.
+class ModelUnderTest:
+    """A model that was found and fits, its weights still on disk."""
 
-    Attributes:
-        name: hub id, or the last part of the directory's name.
-        revision: of a hub id; None for a directory.
-        path: local directory.
-        files_sha256: digest over names and digests of weights, configuration and tokenizer.
-        config: transformers' configuration.
-        device, dtype: where and in which number type the weights will be.
-    """
-
-    name: str
-    revision: str | None
-    path: Path
-    files_sha256: str
+    name: str  # hub id, or the last part of the directory's name
+    revision: str | None  # of a hub id; None for a directory
+    path: Path  # local directory
+    files_sha256: str  # over names and digests of weights, configuration and tokenizer
     config: PretrainedConfig
-    device: torch.device
-    dtype: torch.dtype
+    device: torch.device  # where the weights will be
+    dtype: torch.dtype  # their number type there
 
     @property
     def device_name(self) -> str:
@@ -57,46 +49,46 @@ class Subject:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
 
-def examine(model: str, revision: str | None, device: str | None, dtype: str | None) -> Subject:
-    """Find the model, look whether it fits, and take the digest of its files; reads no weights into memory.
+def find_model(name: str, revision: str | None, device: str | None, dtype: str | None) -> ModelUnderTest:
+    """Find a directory or hub id, check that it fits, and take the digest of its files; loads no weights.
 
     Raises:
         CheckpointError: not a model that can be read here. HardwareError: too large for the device, with the numbers.
     """
-    where = choose_device(device).value
-    path = locate(model, revision)
+    target = choose_device(device).value
+    path = locate(name, revision)
     files = weight_files(path)
     config = _config(path)
     parameters = _count_parameters(path, config)
-    number = choose_dtype(where, dtype, 4 * parameters).value
-    need, free = parameters * number.itemsize, free_memory(where)
+    number_type = choose_dtype(target, dtype, 4 * parameters).value
+    need, free = parameters * number_type.itemsize, free_memory(target)
     if need > free:
         raise HardwareError(
-            f"{model}: {parameters / 1e9:.2f} billion weights need {gigabytes(need)} on {where} in "
-            f"{dtype_name(number)}, {gigabytes(free)} are free; use --dtype bf16, or another device"
+            f"{name}: {parameters / 1e9:.2f} billion weights need {gigabytes(need)} on {target} in "
+            f"{dtype_name(number_type)}, {gigabytes(free)} are free; use --dtype bf16, or another device"
         )
-    is_directory = Path(model).expanduser().is_dir()
-    name = path.resolve().name if is_directory else model
-    hub_revision = None if is_directory else revision or DEFAULT_REVISION
-    return Subject(name, hub_revision, path, digest(path, files), config, where, number)
+    if Path(name).expanduser().is_dir():
+        name, revision = path.resolve().name, None
+    else:
+        revision = revision or DEFAULT_REVISION
+    return ModelUnderTest(name, revision, path, files_digest(path, files), config, target, number_type)
 
 
 def _config(path: Path) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    raw = read_json(path / "config.json")
+    file = path / "config.json"
+    raw = read_json(file)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, **_LOCAL)
     except Exception as error:  # transformers validates with errors of several kinds
         raise CheckpointError(
-            f"{path / 'config.json'}: model_type {raw.get('model_type')!r} cannot be read ({one_line(error, 200)}); "
+            f"{file}: model_type {raw.get('model_type')!r} cannot be read ({one_line(error, 200)}); "
             "expected one that transformers implements itself, such as gpt_neox or gptj"
         ) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(
-            f"{path / 'config.json'}: model_type {config.model_type!r} is no causal language model, such as gpt_neox"
-        )
+        raise CheckpointError(f"{file}: model_type {config.model_type!r} is no causal language model, such as gpt_neox")
     return config
 
 
@@ -106,22 +98,22 @@ def _count_parameters(path: Path, config: PretrainedConfig) -> int:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a size that does not fit another shows in many ways
+    except Exception as error:  # sizes that contradict each other fail in many ways
         raise CheckpointError(f"{path / 'config.json'}: describes no network ({one_line(error, 200)})") from None
     return model.num_parameters()
 
 
-def digest(path: Path, files: list[Path]) -> str:
-    """Of all files that determine the scores; with a manifest, they must be those it lists.
+def files_digest(path: Path, weights: list[Path]) -> str:
+    """SHA-256 over all files that determine the scores; where there is a manifest, they must match it.
 
     Args:
         path: a model's directory.
-        files: its weights.
+        weights: its weight files.
 
     Raises:
-        CheckpointError: a file is not the one the manifest lists.
+        CheckpointError: a file differs from the manifest.
     """
-    names = [file.name for file in files] + [name for name in _SIDE_FILES if (path / name).is_file()]
+    names = [file.name for file in weights] + [name for name in _SIDE_FILES if (path / name).is_file()]
     listed = manifest.read(path)
     if wrong := manifest.differences(path, names):
         raise CheckpointError(f"{wrong[0]}. {repair_hint(path)}")
@@ -134,24 +126,24 @@ def digest(path: Path, files: list[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def load_tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelUnderTest) -> PreTrainedTokenizerBase:
     """transformers' tokenizer of the directory. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(subject.path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, **_LOCAL)
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # of tokenizers, json, transformers
-        raise CheckpointError(f"{subject.path}: no usable tokenizer ({one_line(error, 200)})") from None
-    if largest >= subject.config.vocab_size:
+        raise CheckpointError(f"{model.path}: no usable tokenizer ({one_line(error, 200)})") from None
+    if largest >= model.config.vocab_size:
         raise CheckpointError(
-            f"{subject.path}: the tokenizer has ids up to {largest}, vocab_size in config.json is "
-            f"{subject.config.vocab_size}; take both from one model"
+            f"{model.path}: the tokenizer has ids up to {largest}, vocab_size in config.json is "
+            f"{model.config.vocab_size}; take both from one model"
         )
     return tokenizer
 
 
-def load_model(subject: Subject) -> PreTrainedModel:
+def load_network(model: ModelUnderTest) -> PreTrainedModel:
     """Weights on the device, in evaluation mode. Raises CheckpointError when a weight is missing or misshapen."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -159,25 +151,19 @@ def load_model(subject: Subject) -> PreTrainedModel:
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "weights_only": True}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            subject.path,
-            config=subject.config,
-            dtype=subject.dtype,
-            device_map={"": subject.device},
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, in one line, instead of in a table
-            **options,
-        )
+        network, info = AutoModelForCausalLM.from_pretrained(
+            model.path, config=model.config, dtype=model.dtype, device_map={"": model.device}, weights_only=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, **_LOCAL,  # mismatches are reported below
+        )  # fmt: skip
     except torch.cuda.OutOfMemoryError:
-        raise HardwareError(f"{subject.name}: the memory of {subject.device} was full while loading") from None
+        raise HardwareError(f"{model.name}: the memory of {model.device} was full while loading") from None
     except Exception as error:  # of safetensors, pickle, transformers
-        raise CheckpointError(f"{subject.path}: cannot be loaded ({one_line(error, 200)})") from None
+        raise CheckpointError(f"{model.path}: cannot be loaded ({one_line(error, 200)})") from None
     finally:
         logging.set_verbosity(verbosity)
-    missing, mismatched = sorted(found["missing_keys"]), sorted(map(str, found["mismatched_keys"]))
+    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
     if missing or mismatched:
         what = f"{missing[0]} is in no weight file" if missing else f"{mismatched[0]} has another shape than in config"
-        raise CheckpointError(f"{subject.path}: {what} ({len(missing)} missing, {len(mismatched)} of another shape)")
-    return model.eval()
+        raise CheckpointError(f"{model.path}: {what} ({len(missing)} missing, {len(mismatched)} of another shape)")
+    return network.eval()
