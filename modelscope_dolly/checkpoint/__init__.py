@@ -1,1 +1,1 @@
-"""Checkpoint directories: found, read, verified, written, quantised."""
+"""Checkpoint directories: downloaded, read, verified, written, quantised."""

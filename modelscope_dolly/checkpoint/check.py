@@ -107,8 +107,7 @@ def _values(path: Path) -> str:
 
 def _notes(path: Path) -> list[tuple[str, str]]:
     notes = []
-    code = sorted(file.name for file in path.rglob("*.py"))
-    if code:
+    if code := sorted(file.name for file in path.rglob("*.py")):
         notes.append(("code", f"{', '.join(code[:3])}: never run by this package"))
     try:
         configuration = read_json(path / "configuration.json")
@@ -117,13 +116,8 @@ def _notes(path: Path) -> list[tuple[str, str]]:
     entry = configuration.get("pipeline")
     kind = entry.get("type") if isinstance(entry, dict) else None
     if kind != PIPELINE_TYPE or configuration.get("allow_remote") or configuration.get("plugins"):
-        notes.append(
-            (
-                "configuration.json",
-                f"does not name {PIPELINE_TYPE!r} alone: ModelScope's pipeline() cannot load this directory, "
-                "modelscope_dolly.dolly_pipeline() can",
-            )
-        )
+        text = f"does not name {PIPELINE_TYPE!r} alone: ModelScope's pipeline() cannot load this directory, "
+        notes.append(("configuration.json", f"{text}modelscope_dolly.dolly_pipeline() can"))
     return notes
 
 

@@ -134,7 +134,7 @@ def locate_tensors(
                 continue  # a tied head is the embedding
             shape = weights.shape(stored)
             if name not in expected:
-                problems.append(f"{file}: unexpected tensor {stored} {list(shape)}, config.json has no place for it")
+                problems.append(f"{file}: unexpected tensor {stored} {list(shape)}, not in the network of config.json")
             elif name in locations:
                 problems.append(f"{file}: {name} is also in {locations[name][0].name}")
             elif 0 in shape:

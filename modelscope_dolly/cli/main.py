@@ -97,7 +97,3 @@ class _ExitingParser(UsageParser):
             super().error(message)
         except SettingError as error:
             self.exit(2, f"dolly: {error}\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,4 +23,4 @@ class UsageParser(argparse.ArgumentParser):
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
-        raise SettingError(f"{message}; {self.prog} --help lists what there is")
+        raise SettingError(f"{message}; see {self.prog} --help")

@@ -30,7 +30,7 @@ def test_a_usage_error_is_a_setting_error_of_one_line(parser, arguments, says):
     with pytest.raises(SettingError) as caught:
         parser.parse_args(arguments)
     message = str(caught.value)
-    assert says in message and message.endswith("; some.program --help lists what there is") and "\n" not in message
+    assert says in message and message.endswith("; see some.program --help") and "\n" not in message
 
 
 def test_what_is_right_is_parsed(parser):
@@ -43,5 +43,5 @@ def test_an_unknown_option_of_a_subcommand_is_compared_with_those_of_the_subcomm
     commands = parser.add_subparsers(parser_class=UsageParser)
     commands.add_parser("one").add_argument("--colour")
     commands.add_parser("two").add_argument("--column")
-    with pytest.raises(SettingError, match=r"'--columm'. Did you mean '--column'.*; p two --help"):
+    with pytest.raises(SettingError, match=r"'--columm'. Did you mean '--column'.*; see p two --help"):
         parser.parse_args(["two", "--columm", "3"])
