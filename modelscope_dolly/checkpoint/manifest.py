@@ -16,6 +16,11 @@ from pathlib import Path, PurePosixPath
 from modelscope_dolly.errors import CheckpointError, SettingError, one_line
 
 NAME = "manifest.json"
+#: Files besides the weights that a model's answers depend on.
+_MODEL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -127,8 +132,7 @@ def problems(directory: Path, names: Iterable[str] | None = None) -> list[str]:
 
     Args:
         directory: of the checkpoint.
-        names: files to look at (default: all that the manifest lists). One that it does not list is a problem: nobody
-            vouches for it.
+        names: files to look at (default: all that the manifest lists). One that it does not list is a problem.
     """
     listed = read(directory)
     if listed is None:
@@ -139,10 +143,33 @@ def problems(directory: Path, names: Iterable[str] | None = None) -> list[str]:
         return [problem for problem in found if problem]
 
 
+def model_digest(directory: Path, weights: Iterable[Path]) -> str:
+    """SHA-256 over names and digests of all files that determine a model's answers.
+
+    Args:
+        directory: of the model.
+        weights: its weight files.
+
+    Raises:
+        CheckpointError: there is a manifest, and a file is not the one that it lists.
+    """
+    names = [file.name for file in weights] + [name for name in _MODEL_FILES if (directory / name).is_file()]
+    if differences := problems(directory, names):
+        raise CheckpointError(differences[0])
+    listed = read(directory)
+    if listed is not None:
+        digests = [listed[name]["sha256"] for name in names]
+    else:
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(lambda name: sha256(directory / name), names))
+    lines = sorted(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def _compare(directory: Path, name: str, entry: dict | None) -> str | None:
     path = directory / name
     if entry is None:
-        return f"{path}: not listed in {NAME}, so nobody vouches for it"
+        return f"{path}: not listed in {NAME}, so it has no recorded checksum"
     try:
         size = path.stat().st_size
         if size != entry["size"]:

@@ -28,7 +28,8 @@ DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md", "LIC
 PICKLED = "pytorch_model*.bin"
 DEFAULT_REVISION = "master"
 
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+#: owner/name of a model or a data set on a hub.
+HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 #: Keys of config.json that shape the network: (smallest, largest) plausible value.
 _REQUIRED = {
     "vocab_size": (3, 1 << 24),
@@ -80,7 +81,7 @@ def locate(model: str, revision: str | None = None, patterns: Sequence[str] = DO
         return path
     if path.exists():
         raise CheckpointError(f"{model}: is a file; give the directory that holds config.json")
-    if not _HUB_ID.fullmatch(model):
+    if not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such directory, and not a hub id of the form owner/name either")
     path = _download(model, revision or DEFAULT_REVISION, list(patterns))
     if patterns is DOWNLOAD_PATTERNS and not any(path.glob("*.safetensors")):

@@ -5,8 +5,6 @@ No code of a model repository is run: trust_remote_code is off, and pickles are 
 
 from __future__ import annotations
 
-import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +19,6 @@ from modelscope_dolly.hardware import choose_device, choose_dtype, dtype_name, f
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-#: Files besides the weights that the scores depend on.
-_SIDE_FILES = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,10 +66,14 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
             f"{model}: {parameters / 1e9:.2f} billion weights need {gigabytes(need)} on {where} in "
             f"{dtype_name(number)}, {gigabytes(free)} are free; use --dtype bf16, or another device"
         )
+    try:
+        digest = manifest.model_digest(path, files)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {repair_hint(path)}") from None
     is_directory = Path(model).expanduser().is_dir()
     name = path.resolve().name if is_directory else model
     hub_revision = None if is_directory else revision or DEFAULT_REVISION
-    return Subject(name, hub_revision, path, digest(path, files), config, where, number)
+    return Subject(name, hub_revision, path, digest, config, where, number)
 
 
 def _config(path: Path) -> PretrainedConfig:
@@ -108,29 +104,6 @@ def _count_parameters(path: Path, config: PretrainedConfig) -> int:
     except Exception as error:  # a size that does not fit another shows in many ways
         raise CheckpointError(f"{path / 'config.json'}: describes no network ({one_line(error, 200)})") from None
     return model.num_parameters()
-
-
-def digest(path: Path, files: list[Path]) -> str:
-    """Of all files that determine the scores; with a manifest, they must be those it lists.
-
-    Args:
-        path: a model's directory.
-        files: its weights.
-
-    Raises:
-        CheckpointError: a file is not the one the manifest lists.
-    """
-    names = [file.name for file in files] + [name for name in _SIDE_FILES if (path / name).is_file()]
-    listed = manifest.read(path)
-    if wrong := manifest.problems(path, names):
-        raise CheckpointError(f"{wrong[0]}. {repair_hint(path)}")
-    if listed is not None:
-        digests = [listed[name]["sha256"] for name in names]
-    else:
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(lambda name: manifest.sha256(path / name), names))
-    lines = sorted(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def load_tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
