@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 from modelscope_dolly.errors import CheckpointError, DollyError, PublishError, one_line
@@ -28,15 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 published; 1 the hub or the network did not allow it; 2 a mistake in the command or the files."""
     try:
         options = build_parser().parse(arguments)
-        settings = PublishSettings(
-            options.model_id,
-            options.revision,
-            options.visibility,
-            options.prune,
-            options.verify_download,
-            tuple(options.trust_storage_host),
-            options.license,
-        )
+        values = {field.name: getattr(options, field.name) for field in fields(PublishSettings)}
+        settings = PublishSettings.from_recipe(values)
         hub = Hub(settings, options.token, options.endpoint, say, options.workers)
         publish(options.directory, hub, options.dry_run, options.run, options.evaluation, options.staging)
     except PublishError as error:
@@ -58,30 +52,19 @@ def build_parser() -> Parser:
     add("directory", type=Path, help="a checkpoint: the final/ of a run, or any directory that dolly check finds sound")
     add("--model-id", required=True, metavar="OWNER/NAME", help="the repository; created if there is none")
     add("--revision", required=True, metavar="TAG", help="for instance v1.0.3; a tag never moves")
-    add(
-        "--visibility",
-        choices=VISIBILITIES,
-        help="of a new repository (default: private); an existing one must have it",
-    )
+    add("--visibility", choices=VISIBILITIES, help="of a new repository (default: private); an old one must have it")
     add("--prune", action="store_true", help="remove files from the branch that this revision does not have")
     add("--dry-run", action="store_true", help="print what would be sent; change nothing on the hub")
     add("--verify-download", action="store_true", help="then download it into an empty cache and ask it something")
     add("--license", metavar="NAME", help="of the result, for the card and a new repository: mit, apache-2.0, ...")
-    add(
-        "--run", type=Path, help="the run it came from, for the card (default: the directory above, if it has run.json)"
-    )
+    add("--run", type=Path, help="the run it came from, for the card (default: the directory above, if it is one)")
     add("--evaluation", type=Path, help="directory of `dolly eval` results, for the card")
     add("--staging", type=Path, help="where to put the staged directory (default: beside the checkpoint)")
     add("--workers", type=int, default=4, help="files sent at the same time (default: %(default)s)")
     add("--endpoint", help="the hub (default: MODELSCOPE_ENDPOINT, or the public one)")
     add("--token", help="better: MODELSCOPE_API_TOKEN or `modelscope login`; a command line is visible to others")
-    add(
-        "--trust-storage-host",
-        action="append",
-        default=[],
-        metavar="HOST",
-        help="a host besides the endpoint that may see the token when files are sent to it",
-    )
+    trust = "a host besides the endpoint that may see the token when files are sent to it"
+    add("--trust-storage-host", action="append", default=[], metavar="HOST", help=trust)
     return parser
 
 
@@ -117,7 +100,7 @@ def publish(
     # What.
     staged = stage(directory, settings, run, evaluation, staging)
     files = staged.files
-    size = format_size(staged.size)
+    size = format_size(sum(file.size for file in files.values()))
     hub.say(f"{short(staged.directory)}: {len(files)} files, {size}; weights are {staged.weights_as}")
     if staged.left_out:
         hub.say(f"not published: {some(staged.left_out)}")
@@ -201,9 +184,7 @@ def verify_download(hub: Hub, staged: Path, files: Files) -> None:
         downloaded = hub.download(Path(cache))
         mismatches = compare(files, list_files(downloaded)).mismatches
         if mismatches:
-            raise PublishError(
-                f"{hub.id}: the download differs: {some(mismatches)}. Trying again does not help: ask the hub"
-            )
+            raise PublishError(f"{hub.id}: the download differs: {some(mismatches)}. Trying again does not help")
         try:
             pipe = pipeline(Tasks.text_generation, model=str(downloaded))
             answer = pipe(QUESTION, do_sample=False, max_new_tokens=64)["text"]

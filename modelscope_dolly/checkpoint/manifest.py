@@ -157,11 +157,8 @@ def model_digest(directory: Path, weights: Iterable[Path]) -> str:
     if differences := problems(directory, names):
         raise CheckpointError(differences[0])
     listed = read(directory)
-    if listed is not None:
-        digests = [listed[name]["sha256"] for name in names]
-    else:
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(lambda name: sha256(directory / name), names))
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: listed[name]["sha256"] if listed else sha256(directory / name), names)
     lines = sorted(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -41,6 +41,7 @@ def training_rows(tr: Translate, metadata: RunMetadata) -> Rows:
     revision = metadata.get("base", "revision") if metadata.base_is_on_hub else None
     date = re.match(r"\d{4}-\d\d-\d\d", str(metadata.get("time")), re.ASCII)
     versions = [(name, code(metadata.get("versions", name))) for name in PROGRAMS]
+    rows = metadata.evaluations
     return [
         (tr("base model", "基座模型"), code(metadata.base)),
         (tr("its revision", "基座版本"), code(revision)),
@@ -54,10 +55,7 @@ def training_rows(tr: Translate, metadata: RunMetadata) -> Rows:
         (tr("tokens processed", "处理的词元"), number(total(metadata.steps, "tokens"))),
         (tr("seconds in steps", "各步用时（秒）"), number(total(metadata.steps, "seconds"), 0)),
         (tr("training loss, first and last step", "训练损失（首步与末步）"), first_and_last(metadata.steps, "loss")),
-        (
-            tr("held-out loss, first and last", "留出损失（首次与末次）"),
-            first_and_last(metadata.evaluations, "eval_loss"),
-        ),
+        (tr("held-out loss, first and last", "留出损失（首次与末次）"), first_and_last(rows, "eval_loss")),
         (tr("versions", "软件版本"), ", ".join(f"{name} {version}" for name, version in versions if version)),
     ]
 

@@ -6,10 +6,9 @@ that was interrupted anywhere resumes when it is started again.
 The client's public calls are used where one does what is needed, which leaves four requests of `HubApi.legacy`:
 
 - list_revisions_detail: the public list_repo_revisions returns branches and tags in one list, and a branch moves.
-- validate_blobs, upload_blob, create_commit: upload_folder and upload_file create a missing repository as public and
-  ignore the errors of that. upload_folder also commits the rest when a file was refused and hides the reason;
-  upload_file commits each file by itself, and neither compares the bytes that it sends with what was staged.
-  delete_files makes a commit of its own: readers would see a branch that lacks files.
+- validate_blobs, upload_blob, create_commit: upload_folder and upload_file create a missing repository as public,
+  ignore the errors of that, and do not compare what they send with what was staged. Moreover, upload_folder commits
+  the rest when a file was refused and hides the reason; upload_file and delete_files make a commit for each file.
 """
 
 from __future__ import annotations
@@ -17,24 +16,13 @@ from __future__ import annotations
 import io
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 from modelscope_dolly.errors import PublishError
 from train.publishing.hub_client import HubClient
 from train.publishing.hub_errors import HubRequestError
-from train.publishing.publish_settings import PublishSettings
-from train.publishing.remote_files import (
-    FileDigest,
-    Files,
-    RevisionDifference,
-    commit_action,
-    compare,
-    is_blob,
-    manifest_last,
-    split_into_commits,
-)
+from train.publishing.remote_files import FileDigest, Files, RevisionDifference, compare, is_blob, make_commits
 from train.publishing.transfer import OutgoingFile, Progress, format_size, run_in_threads
 
 BRANCH = "master"
@@ -42,73 +30,46 @@ BRANCH = "master"
 BLOBS_PER_REQUEST = 64
 
 
-class Hub:
+class Hub(HubClient):
     """One repository on a hub, as the owner of a token sees it.
-
-    Args:
-        settings: which repository and revision.
-        token: instead of MODELSCOPE_API_TOKEN or the token of `modelscope login`.
-        endpoint: instead of MODELSCOPE_ENDPOINT or the public hub.
-        say: gets lines about waiting and progress.
-        workers: files that are sent at the same time.
 
     Every method raises PublishError, in one line that says whether trying again may help.
     """
-
-    def __init__(
-        self,
-        settings: PublishSettings,
-        token: str | None = None,
-        endpoint: str | None = None,
-        say: Callable[[str], None] = print,
-        workers: int = 4,
-    ):
-        self.settings, self.id, self.revision = settings, settings.model_id, settings.revision
-        self.say, self.workers = say, max(1, workers)
-        self.client = HubClient(self.id, token, endpoint, settings.trust_storage_host, say)
-        self.api, self.endpoint = self.client.api, self.client.endpoint
 
     # Looking.
 
     def whoami(self) -> str:
         """The name of the account that the token belongs to."""
-        name = self.client.read("asking who the token belongs to", self.api.whoami).username
-        self.client.user = name or self.client.user
-        return self.client.user
+        self.user = self.read("asking who the token belongs to", self.api.whoami).username or self.user
+        return self.user
 
     def visibility(self) -> str | None:
         """private, internal or public; None if there is no such repository."""
-        repository = self.client.read(f"looking for {self.id}", self.api.get_repo, self.id, "model", absent=None)
+        repository = self.read(f"looking for {self.id}", self.api.get_repo, self.id, "model", absent=None)
         return None if repository is None else getattr(repository.visibility, "label", "of unknown visibility")
 
     def tags(self) -> list[str]:
         """Names of tags. Raises PublishError if the wanted tag is the name of a branch."""
         doing, request = f"listing the revisions of {self.id}", self.api.legacy.list_revisions_detail
-        branches, tags = self.client.read(doing, request, self.id, "model", absent=([], []))
+        branches, tags = self.read(doing, request, self.id, "model", absent=([], []))
         if self.revision in [entry.get("Revision") for entry in branches]:
-            raise PublishError(
-                f"{self.revision} is a branch of {self.id}. Trying again does not help: name another tag"
-            )
+            raise PublishError(f"{self.revision} is a branch of {self.id}. Trying again does not help: choose a tag")
         return [entry.get("Revision") for entry in tags]
 
     def files(self, revision: str) -> Files:
         """The files of a revision; empty if there is none."""
         doing, options = f"listing {self.id}@{revision}", {"revision": revision, "absent": []}
-        entries = self.client.read(doing, self.api.list_repo_files, self.id, "model", **options)
+        entries = self.read(doing, self.api.list_repo_files, self.id, "model", **options)
         return {entry.path: FileDigest(entry.size, entry.sha256 or "") for entry in entries if not entry.is_dir}
 
     # Acting.
 
     def create(self, visibility: str, license: str | None) -> None:
         """Create the repository, if it is not there."""
-        from modelscope_hub import License
-
-        spellings = {known.value.lower(): known.value for known in License}
-        # Other where nobody named a licence, because the client would say Apache-2.0.
-        license = spellings.get(license.lower(), license) if license else License.OTHER.value
+        # Where nobody named a licence, the client would say Apache-2.0.
+        options = {"visibility": visibility, "license": license or "other"}
         doing, create = f"creating {self.id}", self.api.create_repo
-        options = {"visibility": visibility, "license": license}
-        self.client.ensure(doing, self.visibility, lambda: self.client.call(doing, create, self.id, "model", **options))
+        self.ensure(doing, self.visibility, lambda: self.call(doing, create, self.id, "model", **options))
 
     def send(self, directory: Path, files: Files) -> RevisionDifference:
         """Make the branch hold these files; returns how it then differs, which is by stale files only, or not at all.
@@ -116,8 +77,7 @@ class Hub:
         Raises:
             CheckpointError: a file is not what was staged any more.
         """
-        prune = self.settings.prune
-        difference = RevisionDifference([], [], [])
+        difference, prune = RevisionDifference([], [], []), self.settings.prune
 
         def look() -> RevisionDifference | None:
             nonlocal difference
@@ -125,15 +85,13 @@ class Hub:
             return None if difference.to_send or (prune and difference.stale) else difference
 
         def act() -> None:
-            names = difference.to_send
-            self._send_blobs(directory, {name: files[name] for name in names if is_blob(name, files[name].size)})
-            deletions = [{"action": "delete", "path": name} for name in (difference.stale if prune else ())]
-            actions = deletions + [commit_action(directory, name, *files[name]) for name in manifest_last(names)]
-            for commit in split_into_commits(actions):
-                message, create = f"Publish {self.revision}", self.api.legacy.create_commit
-                self.client.call(f"committing to {self.id}", create, self.id, "model", commit, message, BRANCH)
+            blobs = {name: files[name] for name in difference.to_send if is_blob(name, files[name].size)}
+            self._send_blobs(directory, blobs)
+            doing, create = f"committing to {self.id}", self.api.legacy.create_commit
+            for actions in make_commits(directory, files, difference, prune):
+                self.call(doing, create, self.id, "model", actions, f"Publish {self.revision}", BRANCH)
 
-        return self.client.ensure(f"publishing the files of {self.id}", look, act)
+        return self.ensure(f"publishing the files of {self.id}", look, act)
 
     def tag(self) -> Files:
         """Give the branch, as it is, the name of the revision, unless there is such a tag; returns the tag's files."""
@@ -146,20 +104,19 @@ class Hub:
 
         def act() -> None:
             if not exists:
-                create = self.api.create_repo_tag
-                self.client.call(doing, create, self.id, "model", self.revision, revision=BRANCH)
+                self.call(doing, self.api.create_repo_tag, self.id, "model", self.revision, revision=BRANCH)
 
-        return self.client.ensure(doing, look, act)
+        return self.ensure(doing, look, act)
 
     def download(self, cache: Path) -> Path:
         """Download the tag with ModelScope's own function, as any user would, into an empty cache."""
         from modelscope.hub.snapshot_download import snapshot_download
 
-        options = {"revision": self.revision, "cache_dir": str(cache), "token": self.client.token}
+        options = {"revision": self.revision, "cache_dir": str(cache), "token": self.token}
         doing = f"downloading {self.id}@{self.revision}"
         # Its progress bars belong on a terminal only.
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
-            return Path(self.client.read(doing, snapshot_download, self.id, endpoint=self.endpoint, **options))
+            return Path(self.read(doing, snapshot_download, self.id, endpoint=self.endpoint, **options))
 
     # Sending files.
 
@@ -169,39 +126,33 @@ class Hub:
         to_send = [content for content, address in self._upload_addresses(list(names)).items() if address]
         if not to_send:
             return
-        stop = threading.Event()
+        stop, upload = threading.Event(), self.api.legacy.upload_blob
+
+        def send(content: FileDigest) -> None:
+            def attempt() -> None:
+                address = self._upload_addresses([content])[content]  # anew each time: addresses expire
+                if address is None:
+                    return
+                with OutgoingFile(directory / names[content], *content, progress.add, stop) as file:
+                    try:
+                        self.call(f"sending {names[content]}", upload, address, file, content.size, sent_to=address)
+                    except HubRequestError:
+                        progress.add(-file.tell())
+                        raise
+
+            self.retry(attempt, stop.wait)
+            self.say(f"  {names[content]}  {format_size(content.size)}")
+
         with Progress(sum(content.size for content in to_send), self.say) as progress:
-
-            def job(content: FileDigest) -> Callable[[], None]:
-                return lambda: self._send_blob(directory, names[content], content, progress, stop)
-
-            run_in_threads([job(content) for content in to_send], self.workers, stop)
+            run_in_threads(send, to_send, self.workers, stop)
 
     def _upload_addresses(self, contents: list[FileDigest]) -> dict[FileDigest, str | None]:
         """Where to send each content, or None if the hub stores it."""
         addresses: dict[FileDigest, str | None] = {}
+        doing, request = f"asking {self.id} what it stores", self.api.legacy.validate_blobs
         for start in range(0, len(contents), BLOBS_PER_REQUEST):
             batch = contents[start : start + BLOBS_PER_REQUEST]
             objects = [{"oid": content.sha256, "size": content.size} for content in batch]
-            doing, request = f"asking {self.id} what it stores", self.api.legacy.validate_blobs
-            answer = self.client.read(doing, request, self.id, "model", objects)
+            answer = self.read(doing, request, self.id, "model", objects)
             addresses |= {content: answer.get(content.sha256) for content in batch}
         return addresses
-
-    def _send_blob(
-        self, directory: Path, name: str, content: FileDigest, progress: Progress, stop: threading.Event
-    ) -> None:
-        def attempt() -> None:
-            address = self._upload_addresses([content])[content]  # anew each time: addresses expire
-            if address is None:
-                return
-            with OutgoingFile(directory / name, *content, progress.add, stop) as file:
-                upload = self.api.legacy.upload_blob
-                try:
-                    self.client.call(f"sending {name}", upload, address, file, content.size, sent_to=address)
-                except HubRequestError:
-                    progress.add(-file.tell())
-                    raise
-
-        self.client.retry(attempt, stop.wait)
-        self.say(f"  {name}  {format_size(content.size)}")

@@ -26,6 +26,7 @@ from train.publishing.run_metadata import RunMetadata, read_run_metadata
 from train.training.report import draw_loss
 
 NAME, PICTURE = "README.md", "loss.png"
+LANGUAGES = "[English](#english) | [中文](#中文)"
 
 
 def write_card(
@@ -58,11 +59,7 @@ def write_card(
     metadata = read_run_metadata(run)
     picture = bool(metadata.steps) and run is not None and copy_picture(Path(run), directory)
     measured = evaluation_section(Path(evaluation), evaluated, model_id) if evaluation else ""
-    parts = [
-        f"---\n{yaml_head(metadata, license)}---",
-        heading(1, title(model_id)),
-        "[English](#english) | [中文](#中文)",
-    ]
+    parts = [f"---\n{yaml_head(metadata, license)}---", heading(1, title(model_id)), LANGUAGES]
     for name, tr in (("English", lambda english, _: english), ("中文", lambda _, chinese: chinese)):
         parts += [heading(2, name), introduction(tr, directory), sample(tr, model_id, revision)]
         parts += body(tr, metadata, license, picture, measured)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -85,24 +85,28 @@ def is_blob(name: str, size: int) -> bool:
     return size > constants.UPLOAD_LFS_FORCE_THRESHOLD_BYTES or path.suffix.lower() in constants.MODEL_LFS_SUFFIX
 
 
-def manifest_last(names: Iterable[str]) -> list[str]:
-    """The order of commits: until the manifest is there, nobody takes a branch between two commits for complete."""
-    return sorted(names, key=lambda name: (name == manifest.NAME, name))
-
-
 def commit_action(directory: Path, name: str, size: int, sha256: str) -> dict:
     """The entry of a file in a commit. Raises CheckpointError if the file has changed."""
+    action = {"action": "create", "path": name, "size": size}
     if is_blob(name, size):
-        return {"action": "create", "path": name, "type": "lfs", "size": size, "sha256": sha256, "content": "",
-                "encoding": ""}  # fmt: skip
+        return action | {"type": "lfs", "sha256": sha256, "content": "", "encoding": ""}
     if (directory / name).stat().st_size != size or manifest.sha256(directory / name) != sha256:
         raise CheckpointError(f"{directory / name}: changed after it was staged; nothing of it is published")
     content = base64.b64encode((directory / name).read_bytes()).decode()
-    return {"action": "create", "path": name, "type": "normal", "size": size, "sha256": "", "content": content,
-            "encoding": "base64"}  # fmt: skip
+    return action | {"type": "normal", "sha256": "", "content": content, "encoding": "base64"}
 
 
-def split_into_commits(actions: Sequence[dict]) -> list[list[dict]]:
+def make_commits(directory: Path, files: Files, difference: RevisionDifference, prune: bool) -> list[list[dict]]:
+    """The commits, each a list of actions, that send what the hub lacks and with `prune` delete what is stale.
+
+    The manifest comes last: until it is there, nobody takes a branch between two commits for complete.
+    """
+    actions = [{"action": "delete", "path": name} for name in (difference.stale if prune else ())]
+    names = sorted(difference.to_send, key=lambda name: (name == manifest.NAME, name))
+    return split_actions(actions + [commit_action(directory, name, *files[name]) for name in names])
+
+
+def split_actions(actions: Sequence[dict]) -> list[list[dict]]:
     """Actions in commits of a size that a hub accepts."""
     commits: list[list[dict]] = []
     commit_bytes = 0

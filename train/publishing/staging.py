@@ -47,11 +47,6 @@ class StagedRevision:
     left_out: list[str]
     weights_as: str
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files.values())
-
 
 def stage(
     source: str | Path,
@@ -171,9 +166,7 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SettingError(
-            f"{target} cannot be written ({one_line(error)}); use --staging for another place"
-        ) from error
+        raise SettingError(f"{target} cannot be written ({one_line(error)}); choose another --staging") from error
 
 
 def _check_replaceable(target: Path) -> None:

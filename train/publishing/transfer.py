@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from modelscope_dolly.errors import CheckpointError
+
+T = TypeVar("T")
 
 #: Seconds between lines about a transfer where there is no terminal.
 REPORT_INTERVAL = 20.0
@@ -109,23 +112,23 @@ def format_size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def run_in_threads(jobs: list[Callable[[], None]], workers: int, stop: threading.Event) -> None:
-    """Run jobs in threads; raises the first error, after the other threads were told to stop.
+def run_in_threads(job: Callable[[T], None], items: list[T], workers: int, stop: threading.Event) -> None:
+    """Call `job` with each item, in threads; raises the first error, after the other threads were told to stop.
 
     Not a ThreadPoolExecutor: that one waits for its threads when the user presses Ctrl-C, and a thread may wait an hour
     for a dead server.
     """
-    waiting, lock, errors = list(reversed(jobs)), threading.Lock(), []
+    waiting, lock, errors = items[::-1], threading.Lock(), []
     ended = threading.Semaphore(0)
 
     def work() -> None:
         try:
             while not stop.is_set():
                 with lock:
-                    job = waiting.pop() if waiting else None
-                if job is None:
-                    return
-                job()
+                    if not waiting:
+                        return
+                    item = waiting.pop()
+                job(item)
         except BaseException as error:
             if not isinstance(error, Stopped):
                 errors.append(error)
@@ -133,7 +136,7 @@ def run_in_threads(jobs: list[Callable[[], None]], workers: int, stop: threading
         finally:
             ended.release()
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(jobs)))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(items)))]
     for thread in threads:
         thread.start()
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from modelscope_dolly.checkpoint import manifest
@@ -9,11 +11,12 @@ from modelscope_dolly.errors import CheckpointError
 from tests.support.publishing import final_fixture  # noqa: F401
 from train.publishing.remote_files import (
     FileDigest,
+    RevisionDifference,
     commit_action,
     compare,
     is_blob,
-    manifest_last,
-    split_into_commits,
+    make_commits,
+    split_actions,
 )
 
 
@@ -34,10 +37,14 @@ def test_blobs_are_what_the_client_takes_for_blobs():
 
 
 def test_commits_are_cut_by_number_and_by_size_and_end_with_the_manifest():
-    assert split_into_commits([]) == []
-    assert [len(batch) for batch in split_into_commits([{"path": str(n)} for n in range(450)])] == [200, 200, 50]
-    assert [len(batch) for batch in split_into_commits([{"content": "x" * (3 << 20)}] * 3)] == [1, 1, 1]
-    assert manifest_last(["manifest.json", "z", "a"]) == ["a", "z", "manifest.json"]
+    assert split_actions([]) == []
+    assert [len(batch) for batch in split_actions([{"path": str(n)} for n in range(450)])] == [200, 200, 50]
+    assert [len(batch) for batch in split_actions([{"content": "x" * (3 << 20)}] * 3)] == [1, 1, 1]
+    names = ["manifest.json", "z.safetensors", "a.safetensors"]
+    files = dict.fromkeys(names, FileDigest(1 << 20, "x"))
+    for prune, deleted in ((True, ["old"]), (False, [])):
+        [actions] = make_commits(Path(), files, RevisionDifference(names, [], ["old"]), prune)
+        assert [action["path"] for action in actions] == [*deleted, "a.safetensors", "z.safetensors", "manifest.json"]
 
 
 def test_small_files_are_read_again_before_they_are_committed(final):

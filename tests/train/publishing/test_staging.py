@@ -53,7 +53,9 @@ def test_the_files_are_those_of_the_export_byte_for_byte(final):
     staged = stage(final, TO)
     exported, published = list_files(final), staged.files
     assert {name for name in exported if published.get(name) != exported[name]} == {"manifest.json"}
-    assert staged.size == sum(path.stat().st_size for path in staged.directory.iterdir())
+    assert sum(file.size for file in staged.files.values()) == sum(
+        path.stat().st_size for path in staged.directory.iterdir()
+    )
 
 
 def test_weights_are_hard_links_and_nothing_that_is_written_reaches_the_checkpoint(final):
@@ -173,7 +175,7 @@ def test_a_directory_that_nobody_staged_is_never_replaced(final):
 
 def test_a_place_that_cannot_be_written_is_one_line(final, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingError, match=r"cannot be written.*use --staging for another place"):
+    with pytest.raises(SettingError, match=r"cannot be written.*choose another --staging"):
         stage(final, TO, parent=tmp_path / "file")
 
 

@@ -14,6 +14,7 @@ from tests.support.publishing import ID, alone_fixture, final_fixture, publish, 
 from train.publish import main
 from train.publishing import transfer
 from train.publishing.hub_client import HubClient, guard
+from train.publishing.publish_settings import PublishSettings
 
 
 @pytest.mark.parametrize("token", [None, "", "two words", "naïve"])
@@ -73,7 +74,7 @@ def test_a_hub_that_quotes_the_token_does_not_get_it_printed(final, server, caps
 
 
 def test_another_scheme_or_port_is_another_host(server):
-    hub = HubClient(ID, "t", "https://hub.example", ["lfs.hub.example"], print)
+    hub = HubClient(PublishSettings(ID, "v1", trust_storage_host=("lfs.hub.example",)), "t", "https://hub.example")
     assert hub.trusts("https://hub.example/x") and hub.trusts("https://HUB.example:443/x")
     assert hub.trusts("https://lfs.hub.example/x")
     for url in ("http://hub.example/x", "https://hub.example:8443/x", "https://hub.example.evil.example/x",
@@ -83,7 +84,7 @@ def test_another_scheme_or_port_is_another_host(server):
 
 def test_an_unknown_client_is_not_used_with_an_open_door():
     with pytest.raises(PublishError, match="install the tested version"):
-        guard([SimpleNamespace(http="not a session")], lambda url: True)
+        guard(SimpleNamespace(http="not a session"), lambda url: True)
 
 
 def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(monkeypatch):
