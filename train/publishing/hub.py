@@ -7,8 +7,9 @@ The client's public calls are used where one does what is needed, which leaves f
 
 - list_revisions_detail: the public list_repo_revisions returns branches and tags in one list, and a branch moves.
 - validate_blobs, upload_blob, create_commit: upload_folder and upload_file create a missing repository as public,
-  ignore the errors of that, and do not compare what they send with what was staged. Moreover, upload_folder commits
-  the rest when a file was refused and hides the reason; upload_file and delete_files make a commit for each file.
+  ignore the errors of that, and do not compare what they send with what was staged. upload_folder also commits the
+  rest when a file was refused, and hides the reason. upload_file makes one commit for each file and delete_files one
+  of its own: readers would see a branch that is incomplete.
 """
 
 from __future__ import annotations
@@ -66,8 +67,12 @@ class Hub(HubClient):
 
     def create(self, visibility: str, license: str | None) -> None:
         """Create the repository, if it is not there."""
-        # Where nobody named a licence, the client would say Apache-2.0.
-        options = {"visibility": visibility, "license": license or "other"}
+        from modelscope_hub import License
+
+        spellings = {known.value.lower(): known.value for known in License}
+        # Other where nobody named a licence, because the client would say Apache-2.0.
+        license = spellings.get(license.lower(), license) if license else License.OTHER.value
+        options = {"visibility": visibility, "license": license}
         doing, create = f"creating {self.id}", self.api.create_repo
         self.ensure(doing, self.visibility, lambda: self.call(doing, create, self.id, "model", **options))
 

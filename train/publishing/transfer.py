@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -81,23 +80,21 @@ class Progress:
         self.total, self.sent, self.say = total, 0, say
         self.started = self.reported = time.monotonic()
         self.lock = threading.Lock()
-        options = {"total": total, "unit": "B", "unit_scale": True, "desc": "Sending", "leave": False}
-        self.bar = tqdm(**options) if sys.stderr.isatty() else None
+        # disable=None: no bar where there is no terminal.
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, desc="Sending", leave=False, disable=None)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def add(self, count: int) -> None:
         """Count bytes as sent; a negative number when a file has to be sent again."""
         with self.lock:
             self.sent += count
-            if self.bar is not None:
-                self.bar.update(count)
-            elif time.monotonic() - self.reported > REPORT_INTERVAL:
+            self.bar.update(count)
+            if self.bar.disable and time.monotonic() - self.reported > REPORT_INTERVAL:
                 self.reported = time.monotonic()
                 speed = self.sent / (self.reported - self.started)
                 self.say(f"{format_size(self.sent)} of {format_size(self.total)} sent, {format_size(speed)} a second")

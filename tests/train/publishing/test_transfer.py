@@ -92,7 +92,7 @@ def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(monkeypatch):
     monkeypatch.setattr(transfer.time, "monotonic", lambda: next(clock))
     with transfer.Progress(5_000_000, said.append) as progress:
         progress.add(2_500_000)
-    assert progress.bar is None and len(said) == 1 and said[0].startswith("2.5 MB of 5.0 MB sent, ")
+    assert progress.bar.disable and len(said) == 1 and said[0].startswith("2.5 MB of 5.0 MB sent, ")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with transfer.Progress(5_000_000, said.append) as progress:
         progress.add(2_500_000)
