@@ -31,15 +31,7 @@ class HardwareError(DollyError):
 
 
 class PublishError(DollyError):
-    """The hub or the network did not let a publish be completed.
-
-    Attributes:
-        again: the same command may do it.
-        final: it was waited for, in vain.
-        absent: what was asked for is not there.
-    """
-
-    again = final = absent = False
+    """The hub or the network did not let a publish be completed."""
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:

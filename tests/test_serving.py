@@ -21,7 +21,7 @@ from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.engine.sequence import Request
 from modelscope_dolly.prompt import CONTROL_KEYS, END_KEY, RESPONSE_KEY
 from tests.support.training_runs import complete, free_port, material, write_recipe
-from train.publishing.remote_files import Destination
+from train.publishing.publish_settings import PublishSettings
 from train.publishing.staging import stage
 
 PYTHON = os.environ.get("DOLLY_VLLM_PYTHON")
@@ -58,7 +58,7 @@ def published(tmp_path_factory) -> Path:
     changes = {"model": str(folder / "base"), "test_size": 0, "epochs": 60, "learning_rate": 3e-3, "save_every": 1000}
     recipe = write_recipe(folder, **changes)
     complete(recipe)
-    return stage(folder / "run" / "final", Destination("me/dolly", "v1.0.0")).directory
+    return stage(folder / "run" / "final", PublishSettings("me/dolly", "v1.0.0")).directory
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["whole", "spread over two"])

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import yaml
 
 from modelscope_dolly.errors import SettingError, unknown_name
-from train.publishing.remote_files import Destination
+from train.publishing.publish_settings import PublishSettings
 
 SCHEDULES = ("warmup", "cosine", "linear")
 BATCHING = ("packed", "padded")
@@ -101,7 +101,7 @@ class TrainConfig:
             must(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         if self.publish is not None:
             try:
-                Destination.of(self.publish)
+                PublishSettings.from_recipe(self.publish)
             except SettingError as error:
                 found.append(f"publish: {error}")
         if self.batching == "packed":

@@ -3,10 +3,9 @@
     import train.modelscope_trainer
     from modelscope.trainers import build_trainer
 
-    trainer = build_trainer("dolly-v2-sft", default_args={"model": ..., "dataset": ..., "output_dir": ...})
-    directory = trainer.train()
+    directory = build_trainer("dolly-v2-sft", default_args={"model": ..., "dataset": ..., "output_dir": ...}).train()
 
-It adds nothing: every setting of train/config.py is a key of default_args.
+It only delegates: every setting of train/config.py is a key of default_args.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class DollyTrainerForModelScope(BaseTrainer):
         self.resolved = build(values | settings, origins)
 
     def train(self, *arguments: Any, **keywords: Any) -> str:
-        """Train, or go on with a run that was interrupted; returns the directory of the finished model."""
+        """Train, or resume a run that was interrupted; returns the directory of the finished model."""
         return str(finetune.run(self.resolved))
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
@@ -54,7 +53,5 @@ class DollyTrainerForModelScope(BaseTrainer):
         run = Path(self.resolved.config.output_dir)
         rows = read_metrics(run)[1] if (run / "metrics.jsonl").exists() else []
         if not rows:
-            raise DollyError(
-                f"{run}: holds no evaluation yet: call train() first, with eval_every and test_size above 0"
-            )
+            raise DollyError(f"{run}: no evaluation yet: call train() first, with eval_every and test_size above 0")
         return {"eval_loss": rows[-1]["eval_loss"]}

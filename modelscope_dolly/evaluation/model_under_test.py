@@ -5,8 +5,6 @@ No code of a model repository is run: trust_remote_code is off, and pickles are 
 
 from __future__ import annotations
 
-import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +15,12 @@ from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.checkpoint.download import DEFAULT_REVISION, locate, repair_hint
 from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.errors import CheckpointError, HardwareError, one_line
-from modelscope_dolly.files import file_sha256, gigabytes, read_json
+from modelscope_dolly.files import gigabytes, read_json
 from modelscope_dolly.hardware import choose_device, choose_dtype, dtype_name, free_memory
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-#: Files besides the weights that the scores depend on.
-_SIDE_FILES = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt",
-)  # fmt: skip
 _LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -71,7 +64,11 @@ def find_model(name: str, revision: str | None, device: str | None, dtype: str |
         name, revision = path.resolve().name, None
     else:
         revision = revision or DEFAULT_REVISION
-    return ModelUnderTest(name, revision, path, files_digest(path, files), config, target, number_type)
+    try:
+        digest = manifest.model_digest(path, files)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {repair_hint(path)}") from None
+    return ModelUnderTest(name, revision, path, digest, config, target, number_type)
 
 
 def _config(path: Path) -> PretrainedConfig:
@@ -101,29 +98,6 @@ def _count_parameters(path: Path, config: PretrainedConfig) -> int:
     except Exception as error:  # sizes that contradict each other fail in many ways
         raise CheckpointError(f"{path / 'config.json'}: describes no network ({one_line(error, 200)})") from None
     return model.num_parameters()
-
-
-def files_digest(path: Path, weights: list[Path]) -> str:
-    """SHA-256 over all files that determine the scores; where there is a manifest, they must match it.
-
-    Args:
-        path: a model's directory.
-        weights: its weight files.
-
-    Raises:
-        CheckpointError: a file differs from the manifest.
-    """
-    names = [file.name for file in weights] + [name for name in _SIDE_FILES if (path / name).is_file()]
-    listed = manifest.read(path)
-    if wrong := manifest.differences(path, names):
-        raise CheckpointError(f"{wrong[0]}. {repair_hint(path)}")
-    if listed is not None:
-        digests = [listed[name]["sha256"] for name in names]
-    else:
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(lambda name: file_sha256(path / name), names))
-    lines = sorted(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def load_tokenizer(model: ModelUnderTest) -> PreTrainedTokenizerBase:

@@ -67,7 +67,7 @@ def markdown_table(directory: str | Path, files_sha256: str | None = None, name:
 
     Args:
         directory: its output.
-        files_sha256: digest of the one model whose rows are wanted (model_under_test.files_digest); None: all rows.
+        files_sha256: digest of the one model whose rows are wanted (manifest.model_digest); None: all rows.
         name: what to call these rows.
 
     Raises:

@@ -18,7 +18,7 @@ from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.engine.sequence import Request
 from modelscope_dolly.prompt import CONTROL_KEYS
 from tests.support.models import random_model
-from train.publishing.remote_files import Destination
+from train.publishing.publish_settings import PublishSettings
 from train.publishing.staging import stage
 
 NEW_TOKENS = 40
@@ -34,7 +34,7 @@ def published(tokenizer, tmp_path_factory) -> Path:
         rope_parameters={"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.5},
     )
     source = export_checkpoint(model, tokenizer, tmp_path_factory.mktemp("published") / "model")
-    return stage(source, Destination("me/model", "v1.0.0")).directory
+    return stage(source, PublishSettings("me/model", "v1.0.0")).directory
 
 
 @pytest.fixture(scope="module")

@@ -9,71 +9,21 @@ once made, so a tag keeps its tree for ever, and ids and times are the same in e
         subprocess.run([sys.executable, "-c", script], env=hub.environ(tmp_path), check=True)
 """
 
-import base64
-import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Mapping
 from http.cookies import SimpleCookie
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from tests.support.loopback_endpoints import ROUTES, Call, require
 from tests.support.loopback_http import Fault, Refusal, Reply, Request, Server
+from tests.support.loopback_repository import PRIVATE, PUBLIC, BlobStore, Repository
 
-LARGE = 1 << 20  # seeded files above this stay on disk
-PUBLIC, PRIVATE = 5, 1  # the wire encoding of visibility
-EPOCH = 1_700_000_000  # time of every first commit; later ones count up from it
 OPENAPI_CODES = {401: "InvalidAuthentication", 403: "OperationNotAllowed", 404: "ResourceNotFound"}
 # What starts like this in the caller's environment could steer the client away from this hub or from its defaults.
 STEERING = ("MODELSCOPE_", "MS_", "HUB_", "HF_", "HUGGING", "API_HTTP_", "UPLOAD_", "INTRA_CLOUD", "INTER_CLOUD")
-
-
-class Call(NamedTuple):
-    """What an endpoint gets to know; `user` is None for a caller without a token."""
-
-    user: str | None
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    body: bytes
-
-    def json(self) -> dict:
-        return json.loads(self.body)
-
-
-class Commit(NamedTuple):
-    id: str
-    message: str
-    created_at: int
-    tree: Mapping[str, tuple[str, int]]  # path -> (sha256, size)
-
-
-class Repository:
-    """Branches and tags are names for commits; a new repository has an empty first commit on master."""
-
-    def __init__(self, repo_id: str, visibility: int = PUBLIC, license: str = "") -> None:
-        self.repo_id, self.visibility, self.license = repo_id, visibility, license
-        self.owner, self.name = repo_id.split("/")
-        self.commits: dict[str, Commit] = {}
-        self.branches: dict[str, Commit] = {}
-        self.tags: dict[str, Commit] = {}
-        self.commit("master", "initial commit", {})
-
-    def commit(self, branch: str, message: str, tree: Mapping[str, tuple[str, int]]) -> Commit:
-        identity = json.dumps([self.repo_id, list(self.commits), branch, message, sorted(tree.items())])
-        commit_id = hashlib.sha1(identity.encode()).hexdigest()
-        commit = Commit(commit_id, message, EPOCH + len(self.commits), MappingProxyType(dict(tree)))
-        self.commits[commit_id] = self.branches[branch] = commit
-        return commit
-
-    def find(self, revision: str) -> Commit:
-        for names in (self.branches, self.tags, self.commits):
-            if revision in names:
-                return names[revision]
-        raise Refusal(404, f"{self.repo_id} has no revision {revision!r}")
 
 
 class LoopbackHub:
@@ -90,8 +40,8 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.errors: list[BaseException] = []  # bugs of this server; raised on leaving, or they would look like faults
         self.storage: str | None = None  # address of another host that takes blobs, see loopback_storage.py
-        self._repositories: dict[str, Repository] = {}
-        self._blobs: dict[str, bytes | Path] = {}
+        self.repositories: dict[str, Repository] = {}
+        self.blobs = BlobStore()
         self._lock = threading.RLock()
 
     def __enter__(self):
@@ -146,34 +96,26 @@ class LoopbackHub:
         repository = Repository(repo_id, PRIVATE if private else PUBLIC)
         for tag, directory in revisions.items():
             files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
-            tree = {path.relative_to(directory).as_posix(): self._store_file(path) for path in files}
+            tree = {path.relative_to(directory).as_posix(): self.blobs.add_file(path) for path in files}
             repository.tags[tag] = repository.commit("master", f"seed {tag}", tree)
-        self._repositories[repo_id] = repository
+        self.repositories[repo_id] = repository
         return repository
 
     def tree(self, repo_id: str, revision: str = "master") -> dict[str, tuple[str, int]]:
         """path -> (sha256, size) at a revision, seen from inside."""
-        return dict(self._repositories[repo_id].find(revision).tree)
-
-    def repository(self, repo_id: str) -> Repository:
-        """The repository itself, to be changed behind the client's back."""
-        return self._repositories[repo_id]
-
-    def stores(self, sha256: str) -> bool:
-        """Whether a blob is there."""
-        return sha256 in self._blobs
+        return dict(self.repositories[repo_id].find(revision).tree)
 
     def commits(self, repo_id: str) -> list[str]:
         """Messages of a repository's commits, oldest first."""
-        return [commit.message for commit in self._repositories[repo_id].commits.values()]
+        return [commit.message for commit in self.repositories[repo_id].commits.values()]
 
     def tags(self, repo_id: str) -> list[str]:
         """Names of a repository's tags; none where there is no repository."""
-        return list(self._repositories[repo_id].tags) if repo_id in self._repositories else []
+        return list(self.repositories[repo_id].tags) if repo_id in self.repositories else []
 
     def visibility(self, repo_id: str) -> int:
         """PUBLIC or PRIVATE."""
-        return self._repositories[repo_id].visibility
+        return self.repositories[repo_id].visibility
 
     def see(self, request: Request) -> Fault | None:
         with self._lock:
@@ -221,171 +163,14 @@ class LoopbackHub:
             raise Refusal(401, "the token is not valid")
         return self.username if token else None
 
-    def _readable(self, call: Call, repo_id: str) -> Repository:
-        if repo_id not in self._repositories:
+    def readable(self, call: Call, repo_id: str) -> Repository:
+        if repo_id not in self.repositories:
             raise Refusal(404, f"no model {repo_id}")
-        repository = self._repositories[repo_id]
+        repository = self.repositories[repo_id]
         if repository.visibility != PUBLIC and call.user != repository.owner:
             raise Refusal(403, f"no right to read {repo_id}")
         return repository
 
-    def _writable(self, call: Call, repo_id: str) -> Repository:
-        self._require(call, repo_id.split("/")[0])
-        return self._readable(call, repo_id)
-
-    def _require(self, call: Call, owner: str | None = None) -> None:
-        if call.user is None:
-            raise Refusal(401, "a token is required")
-        if call.user != (owner or call.user):
-            raise Refusal(403, f"{call.user} has no right to write under {owner}")
-
-    def store(self, data: bytes) -> tuple[str, int]:
-        sha256 = hashlib.sha256(data).hexdigest()
-        self._blobs[sha256] = data
-        return sha256, len(data)
-
-    def _store_file(self, path: Path) -> tuple[str, int]:
-        size = path.stat().st_size
-        if size <= LARGE:
-            return self.store(path.read_bytes())
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(LARGE):
-                digest.update(chunk)
-        self._blobs[digest.hexdigest()] = path.absolute()
-        return digest.hexdigest(), size
-
-    def _read(self, sha256: str, start: int, stop: int) -> bytes:
-        source = self._blobs[sha256]
-        if isinstance(source, bytes):
-            return source[start:stop]
-        with source.open("rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
-
-    # Endpoints: each runs under the lock and returns what goes under Data, or under data on the openapi surface.
-
-    def _login(self, call: Call) -> dict:
-        if call.json()["AccessToken"] != self.token:
-            raise Refusal(400, "the token is not valid", code=10010103009)  # a 400 with this code is what hubs send
-        return {"AccessToken": "git-token", "Username": self.username, "Email": f"{self.username}@loopback.invalid"}
-
-    def _whoami(self, call: Call) -> dict:
-        self._require(call)
-        return {"username": call.user, "email": f"{call.user}@loopback.invalid"}
-
-    def _region(self, call: Call) -> dict:
-        return {"InternalRegionQueryAddress": ""}  # outside every cloud region: the client asks no further
-
-    def _create(self, call: Call) -> dict:
-        wish = call.json()
-        self._require(call, wish["Path"])
-        repo_id = f"{wish['Path']}/{wish['Name']}"
-        if repo_id in self._repositories:
-            raise Refusal(400, f"{repo_id} already exists", code=10010101001)
-        self._repositories[repo_id] = Repository(repo_id, wish.get("Visibility", PUBLIC), wish.get("License", ""))
-        return self._describe(call, repo_id)
-
-    def _describe(self, call: Call, repo_id: str) -> dict:
-        found = self._readable(call, repo_id)  # the client reads both surfaces' spellings of these facts
-        private = found.visibility != PUBLIC
-        return {"id": repo_id, "owner": found.owner, "name": found.name, "private": private, "license": found.license}
-
-    def _lfs_batch(self, call: Call, repo_id: str) -> dict:
-        self._writable(call, repo_id)
-        objects = [{"oid": wish["oid"], "size": wish["size"]} for wish in call.json()["objects"]]
-        for item in objects:
-            if item["oid"] not in self._blobs:  # without an upload address the client takes a blob as stored
-                item["actions"] = {"upload": {"href": f"{self.storage or self.endpoint}/lfs/{repo_id}/{item['oid']}"}}
-        return {"objects": objects}
-
-    def _lfs_put(self, call: Call, repo_id: str, oid: str) -> dict:
-        self._writable(call, repo_id)
-        if hashlib.sha256(call.body).hexdigest() != oid:
-            raise Refusal(400, f"the bytes sent are not those of {oid}")
-        self.store(call.body)
-        return {}
-
-    def _commit(self, call: Call, repo_id: str, branch: str) -> dict:
-        repository, wish = self._writable(call, repo_id), call.json()
-        if branch not in repository.branches:
-            raise Refusal(404, f"{repo_id} has no branch {branch!r}")
-        tree = dict(repository.branches[branch].tree)
-        for action in wish["actions"]:
-            path = action["path"]
-            if action["action"] == "delete":
-                if tree.pop(path, None) is None:
-                    raise Refusal(400, f"{path} is not on {branch}")
-            elif action["type"] == "lfs":
-                if action["sha256"] not in self._blobs:
-                    raise Refusal(400, f"{path}: its blob was not uploaded")
-                tree[path] = (action["sha256"], action["size"])
-            else:
-                tree[path] = self.store(base64.b64decode(action["content"]))
-        return {"Id": repository.commit(branch, wish["commit_message"], tree).id}
-
-    def _tag(self, call: Call, repo_id: str) -> dict:
-        repository, wish = self._writable(call, repo_id), call.json()
-        commit = repository.find(wish["Ref"])
-        if wish["TagName"] in {**repository.tags, **repository.branches}:
-            raise Refusal(409, f"revision {wish['TagName']} already exists")
-        repository.tags[wish["TagName"]] = commit
-        return {"TagName": wish["TagName"], "Revision": commit.id}
-
-    def _revisions(self, call: Call, repo_id: str) -> dict:
-        found = self._readable(call, repo_id)
-        listed = {
-            kind: [{"Revision": name, "CreatedAt": commit.created_at} for name, commit in names.items()]
-            for kind, names in (("Branches", found.branches), ("Tags", found.tags))
-        }
-        return {"RevisionMap": listed}
-
-    def _files(self, call: Call, repo_id: str) -> dict:
-        commit = self._readable(call, repo_id).find(call.query.get("Revision", "master"))
-        root = call.query.get("Root", "").strip("/")
-        prefix = f"{root}/" if root else ""
-        # Directories are entries too, as on the public hub: who compares a listing with files has to skip them.
-        found = {parent.as_posix(): ("tree", "", 0) for path in commit.tree for parent in Path(path).parents[:-1]}
-        found.update({path: ("blob", sha256, size) for path, (sha256, size) in commit.tree.items()})
-        shown = [path for path in sorted(found) if path.startswith(prefix)]
-        if root and not shown:
-            raise Refusal(404, f"{repo_id} has no directory {root!r}")
-        if call.query.get("Recursive") != "True":
-            shown = [path for path in shown if "/" not in path[len(prefix) :]]
-        return {"Files": [dict(zip(("Type", "Sha256", "Size"), found[path], strict=True), Path=path) for path in shown]}
-
-    def _file(self, call: Call, repo_id: str) -> Reply:
-        path = call.query["FilePath"]
-        commit = self._readable(call, repo_id).find(call.query.get("Revision", "master"))
-        if path not in commit.tree:
-            raise Refusal(404, f"{repo_id} has no file {path!r} at that revision")
-        sha256, size = commit.tree[path]
-        headers = {"Accept-Ranges": "bytes", "X-Linked-ETag": f'"{sha256}"'}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", call.headers.get("range", ""))
-        if not asked:
-            return Reply(200, headers, self._read(sha256, 0, size))
-        start, stop = int(asked[1]), min(size, int(asked[2] or size) + 1)
-        if start >= stop:
-            raise Refusal(416, "nothing in that range", headers={"Content-Range": f"bytes */{size}"})
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        return Reply(206, headers, self._read(sha256, start, stop))
-
-
-def _route(method: str, path: str, endpoint: Callable) -> tuple[str, re.Pattern, Callable]:
-    return method, re.compile(path.replace("{repo}", "(?P<repo_id>[^/]+/[^/]+)")), endpoint
-
-
-ROUTES = [
-    _route("POST", "/api/v1/login", LoopbackHub._login),
-    _route("GET", "/openapi/v1/users/me", LoopbackHub._whoami),
-    _route("GET", "/api/v1/repos/internalAccelerationInfo", LoopbackHub._region),
-    _route("POST", "/api/v1/models", LoopbackHub._create),
-    _route("GET", "/(?:api|openapi)/v1/models/{repo}", LoopbackHub._describe),
-    _route("POST", "/api/v1/repos/models/{repo}/info/lfs/objects/batch", LoopbackHub._lfs_batch),
-    _route("PUT", "/lfs/{repo}/(?P<oid>[0-9a-f]{64})", LoopbackHub._lfs_put),
-    _route("POST", "/api/v1/repos/models/{repo}/commit/(?P<branch>.+)", LoopbackHub._commit),
-    _route("POST", "/api/v1/models/{repo}/repo/tag", LoopbackHub._tag),
-    _route("GET", "/api/v1/models/{repo}/revisions", LoopbackHub._revisions),
-    _route("GET", "/api/v1/models/{repo}/repo/files", LoopbackHub._files),
-    _route("GET", "/api/v1/models/{repo}/repo", LoopbackHub._file),
-]
+    def writable(self, call: Call, repo_id: str) -> Repository:
+        require(call, repo_id.split("/")[0])
+        return self.readable(call, repo_id)

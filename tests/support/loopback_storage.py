@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif hashlib.sha256(body).hexdigest() != self.path.rpartition("/")[2]:
             status = 400
         else:
-            storage.hub.store(body)
+            storage.hub.blobs.add(body)
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()

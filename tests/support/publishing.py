@@ -1,4 +1,4 @@
-"""What tests of publishing share: a hub, a checkpoint one may write into, and what was sent."""
+"""What tests of publishing share: a hub, a checkpoint that may be changed, and what was sent."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from modelscope_dolly.checkpoint import manifest
 from tests.support.layouts import read_state
 from tests.support.loopback_hub import LoopbackHub
 from train.publish import main
-from train.publishing import hub as hub_module
-from train.publishing.staging import listing
+from train.publishing import hub_client
+from train.publishing.staging import list_files
 
 ID = "tester/tiny"
 
 
 @pytest.fixture(name="alone", autouse=True)
 def alone_fixture(monkeypatch, tmp_path):
-    """Nothing of the developer's account is read or written, and nobody waits."""
+    """Nothing of the developer's account is read or written, and retries do not wait."""
     monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
-    monkeypatch.setattr(hub_module, "PAUSES", (0, 0))
+    monkeypatch.setattr(hub_client, "PAUSES", (0, 0))
 
 
 @pytest.fixture(name="server")
@@ -34,7 +34,7 @@ def server_fixture():
 
 @pytest.fixture(name="final")
 def final_fixture(checkpoint_dir, tmp_path) -> Path:
-    """A checkpoint one may write into."""
+    """A checkpoint that a test may change."""
     return Path(shutil.copytree(checkpoint_dir, tmp_path / "run" / "final"))
 
 
@@ -45,8 +45,8 @@ def publish(server: LoopbackHub, directory: Path, revision: str = "v1.0.0", *fla
 
 
 def staged_tree(directory: Path) -> dict[str, tuple[str, int]]:
-    """The staged directory beside a checkpoint, as the hub tells it."""
-    return {name: (sha256, size) for name, (size, sha256) in listing(directory.with_name("final.staged")).items()}
+    """The staged directory beside a checkpoint, in the form of LoopbackHub.tree."""
+    return {name: (sha256, size) for name, (size, sha256) in list_files(directory.with_name("final.staged")).items()}
 
 
 def retrain(final: Path) -> None:

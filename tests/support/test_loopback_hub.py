@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.loopback_hub import Fault, LoopbackHub
+from tests.support.loopback_http import Fault
+from tests.support.loopback_hub import LoopbackHub
 
 WEIGHTS = random.Random(0).randbytes(300_000)  # above 64 KiB, from where on the client sends blobs apart from commits
 README = b"# tiny\n"

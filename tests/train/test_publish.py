@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,9 @@ from modelscope_dolly import dolly_pipeline
 from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.files import read_json
 from tests.support.layouts import shard
-from tests.support.loopback_hub import PRIVATE, PUBLIC, Fault, LoopbackHub
+from tests.support.loopback_http import Fault
+from tests.support.loopback_hub import LoopbackHub
+from tests.support.loopback_repository import PRIVATE, PUBLIC
 from tests.support.publishing import (  # noqa: F401
     ID,
     alone_fixture,
@@ -29,9 +32,9 @@ from tests.support.publishing import (  # noqa: F401
 )
 from tests.support.source_imports import imports
 from tests.support.training_runs import Processes, complete, needs_deepspeed, write_recipe
-from train.publish import command, main
+from train.publish import main
 from train.publishing import hub as hub_module
-from train.publishing.remote_files import Destination
+from train.publishing.publish_settings import PublishSettings
 from train.publishing.staging import stage
 
 QUESTION = "Name a colour."
@@ -82,7 +85,7 @@ def test_the_card_tells_what_the_run_recorded_and_nothing_of_the_account(runs, f
     card = (runs[0] / "final.staged" / "README.md").read_text()
     data = read_json(runs[0] / "run.json")["starts"][-1]["data"]["sha256"]
     assert data[:16] in card and "license: mit" in card and "v1.0.0" in card
-    staged = stage(final, Destination(ID, "v1.0.0")).directory
+    staged = stage(final, PublishSettings(ID, "v1.0.0")).directory
     assert data[:16] not in (staged / "README.md").read_text() and not (staged / "loss.png").exists()
     assert [path for path in (runs[0] / "final.staged").iterdir() if server.token.encode() in path.read_bytes()] == []
 
@@ -104,7 +107,7 @@ def test_an_existing_tag_with_other_content_is_an_error_and_stays(final, server,
     before = len(server.requests)
     assert publish(server, final) == 1
     told = capsys.readouterr().err
-    assert "v1.0.0 holds other content: manifest.json is another file, model.safetensors is another file" in told
+    assert "v1.0.0 has other content: manifest.json differs, model.safetensors differs" in told
     assert "Trying again does not help: a tag cannot be moved" in told
     assert sent(server, before) == [] and server.tree(ID, "v1.0.0") == server.tree(ID) == tree
 
@@ -162,7 +165,7 @@ def test_stale_files_that_readers_would_load_are_not_tagged(final, server, tmp_p
     server.add_model(ID, {"v0.9.0": tmp_path / "old"}, private=True)
     assert publish(server, final) == 1
     told = capsys.readouterr().err
-    assert name in told and "say --prune to remove them" in told
+    assert name in told and "pass --prune to remove them" in told
     assert sent(server) == [] and server.tags(ID) == ["v0.9.0"]
     assert publish(server, final, "v1.0.0", "--prune") == 0
     assert server.tree(ID, "v1.0.0") == staged_tree(final)
@@ -173,13 +176,13 @@ def test_a_writer_in_between_never_ends_in_a_good_exit_code(final, server, tmp_p
 
     def intrude(index, method, path):
         if path.endswith("/repo/tag"):  # after the branch was compared, before it is tagged
-            blobs = {name: server.store((stray / name).read_bytes()) for name in ("config.json", "manifest.json")}
-            server.repository(ID).commit("master", "somebody else", server.tree(ID) | blobs)
+            blobs = {name: server.blobs.add((stray / name).read_bytes()) for name in ("config.json", "manifest.json")}
+            server.repositories[ID].commit("master", "somebody else", server.tree(ID) | blobs)
 
     server.fault = intrude
     assert publish(server, final) == 1
     told = capsys.readouterr().err
-    assert "v1.0.0 holds other content" in told and "publish under another revision" in told
+    assert "v1.0.0 has other content" in told and "publish under another revision" in told
 
 
 # Where it goes
@@ -302,25 +305,17 @@ def test_a_publish_that_fails_after_training_keeps_the_result_and_says_how_to_go
     final = tmp_path / "it" / "run" / "final"
     assert code == 1 and manifest.differences(final) == [] and server.tags(ID) == []
     told = processes.stderr().splitlines()[-1]
-    assert "has no right" in told and f"{final} is complete; to go on: python -m train.publish {final}" in told
+    assert "has no right" in told and f"{final} is complete; to resume: python -m train.publish {final}" in told
     server.fault = lambda index, method, path: None
     words = told.partition("python -m train.publish ")[2].split()
     assert main([*words, "--endpoint", server.endpoint, "--token", server.token]) == 0
     assert server.tree(ID, "v1.0.0") == staged_tree(final)
 
 
-def test_the_command_that_goes_on_says_all_that_was_said():
-    to = Destination("me/x", "v1.0.0", "public", True, True, ("lfs.example",), "mit")
-    words = command(Path("runs/my run/final"), to)
-    assert " ".join(words) == (
-        "python -m train.publish 'runs/my run/final' --model-id me/x --revision v1.0.0 --visibility public --prune "
-        "--verify-download --license mit --trust-storage-host lfs.example"
-    )
-
-
-def test_only_two_modules_of_the_recipe_use_the_hub_to_publish():
+def test_few_modules_of_the_recipe_use_the_hub_client_and_only_its_public_modules():
     recipe = Path(hub_module.__file__).parents[1]
-    users = {path.stem for path in recipe.rglob("*.py") for name in imports(path) if "modelscope_hub" in name}
-    assert users == {"hub", "hub_errors", "remote_files", "publish"}
-    talkers = {path.stem for path in recipe.rglob("*.py") if "_legacy_api" in path.read_text()}
-    assert talkers == {"hub"}
+    names = {path.stem: {name for name in imports(path) if "modelscope_hub" in name} for path in recipe.rglob("*.py")}
+    assert {module for module, used in names.items() if used} == {"hub", "hub_client", "hub_errors", "remote_files"}
+    assert [name for used in names.values() for name in used if "._" in name] == []
+    talkers = {path.stem for path in recipe.rglob("*.py") if re.search(r"\bapi\.", path.read_text())}
+    assert talkers == {"hub", "hub_client"}

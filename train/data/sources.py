@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelscope_dolly.checkpoint.download import HUB_ID
 from modelscope_dolly.errors import DollyError, SettingError, one_line, unknown_name
 
 FIELDS = ("instruction", "context", "response")
@@ -30,7 +31,7 @@ SOURCES = (
     "a .jsonl, .json or .csv file, a hub's data set ms:OWNER/NAME[@REVISION] or hf:OWNER/NAME[@REVISION], "
     "or a downloaded one ms:./FOLDER or hf:./FOLDER"
 )
-_HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?")
+_HUB_DATASET = re.compile(rf"(?P<id>{HUB_ID.pattern})(@(?P<revision>\S+))?")
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is no UTF-8
 
 
@@ -93,7 +94,7 @@ def _read_file(dataset: str) -> tuple[list[Row], list[str] | None, str]:
     path = Path(dataset).expanduser()
     kind = path.suffix.lower()
     if kind not in (".jsonl", ".json", ".csv"):
-        hint = f" For a hub's data set write ms:{dataset} or hf:{dataset}" if _HUB_ID.fullmatch(dataset) else ""
+        hint = f" For a hub's data set write ms:{dataset} or hf:{dataset}" if _HUB_DATASET.fullmatch(dataset) else ""
         raise SettingError(f"dataset is {dataset!r}, it must be {SOURCES}.{hint}")
     try:
         data = path.read_bytes()
@@ -206,7 +207,7 @@ def _line_starts(text: str, skip: int) -> list[int]:
 
 def _read_hub(dataset: str) -> list[Row]:
     hub, name = dataset[:2], dataset[3:]
-    found = _HUB_ID.fullmatch(name)
+    found = _HUB_DATASET.fullmatch(name)
     if found:
         name, revision = found["id"], found["revision"]
         if Path(name).exists():  # both libraries would take it, and ignore the revision

@@ -1,4 +1,4 @@
-"""What a finished run says about itself: the last start in run.json, the losses in metrics.jsonl, nothing else.
+"""What a finished run recorded about itself: settings and data in run.json, the losses in metrics.jsonl.
 
 A run.json may come from an older version or have been edited: what is missing or of another type counts as unknown.
 """
@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from modelscope_dolly.checkpoint.download import HUB_ID
 from modelscope_dolly.errors import CheckpointError
 from modelscope_dolly.files import read_json
 from train.training.report import read_metrics
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*", re.ASCII)
-_HUB_DATA = re.compile(rf"(ms|hf):(?P<id>{_HUB_ID.pattern})(@[\w./-]+)?", re.ASCII)
+_HUB_DATASET = re.compile(rf"(ms|hf):(?P<id>{HUB_ID.pattern})(@[\w./-]+)?", re.ASCII)
 
 
-class KnownData(NamedTuple):
+class KnownDataset(NamedTuple):
     """A data set that is recognised by the hash of its records, wherever they were read from."""
 
     id: str
@@ -31,19 +31,19 @@ class KnownData(NamedTuple):
 
 #: Hash of the records (see sources.Source.sha256) -> what they are. This is databricks-dolly-15k as first released,
 #: with 15,015 records.
-KNOWN_DATA = {
-    "fd6924efaf133eb1633ded10992827c471b5fdb3d9bdc49ad31f0fb574d5153e": KnownData(
+KNOWN_DATASETS = {
+    "fd6924efaf133eb1633ded10992827c471b5fdb3d9bdc49ad31f0fb574d5153e": KnownDataset(
         "databricks/databricks-dolly-15k", "CC BY-SA 3.0", "en"
     )
 }
 
 
 @dataclass(frozen=True)
-class Record:
-    """Of one run; everything is empty where there is none.
+class RunMetadata:
+    """Of one run; empty where there is none.
 
     Attributes:
-        starts: the entries of run.json from the start from nothing to the one that finished the run.
+        starts: entries of run.json: the last start from step 0, and all resumes after it.
         steps, evaluations: rows of metrics.jsonl.
     """
 
@@ -53,9 +53,9 @@ class Record:
 
     def get(self, *keys: str) -> Any:
         """The value at a path of keys in the last start; None where there is none."""
-        return next(reversed(self.all(*keys)), None)
+        return next(reversed(self.values(*keys)), None)
 
-    def all(self, *keys: str) -> list[Any]:
+    def values(self, *keys: str) -> list[Any]:
         """The value at a path of keys in every start."""
         values: list[Any] = self.starts
         for key in keys:
@@ -71,24 +71,24 @@ class Record:
     @property
     def base_is_on_hub(self) -> bool:
         name = self.get("base", "name")
-        return self.get("base", "hub") is True and isinstance(name, str) and bool(_HUB_ID.fullmatch(name))
+        return self.get("base", "hub") is True and isinstance(name, str) and bool(HUB_ID.fullmatch(name))
 
     @property
-    def data(self) -> str:
+    def dataset(self) -> str:
         """Name of the data set: `ms:` or `hf:` and an id, or of a file its last part alone."""
         name = self.get("data", "dataset")
-        return name if isinstance(name, str) and _HUB_DATA.fullmatch(name) else last_part(name)
+        return name if isinstance(name, str) and _HUB_DATASET.fullmatch(name) else last_part(name)
 
     @property
-    def data_id(self) -> str | None:
+    def dataset_id(self) -> str | None:
         """Its id on a hub."""
-        found = _HUB_DATA.fullmatch(self.data)
-        return self.known_data.id if self.known_data else found["id"] if found else None
+        on_hub = _HUB_DATASET.fullmatch(self.dataset)
+        return self.known_dataset.id if self.known_dataset else on_hub["id"] if on_hub else None
 
     @property
-    def known_data(self) -> KnownData | None:
+    def known_dataset(self) -> KnownDataset | None:
         digest = self.get("data", "sha256")
-        return KNOWN_DATA.get(digest) if isinstance(digest, str) else None
+        return KNOWN_DATASETS.get(digest) if isinstance(digest, str) else None
 
     @property
     def hardware(self) -> str:
@@ -99,10 +99,10 @@ class Record:
         return f"{gpus} x {name}" if isinstance(gpus, int) and gpus > 0 else name
 
 
-def read_record(run: Path | None) -> Record:
-    """The record in a run's directory; an empty one for None. Raises CheckpointError: a file of it is damaged."""
+def read_run_metadata(run: Path | None) -> RunMetadata:
+    """The metadata in a run's directory; empty for None. Raises CheckpointError: a file is damaged."""
     if run is None:
-        return Record([], [], [])
+        return RunMetadata([], [], [])
     starts = read_json(Path(run) / "run.json").get("starts")
     if not isinstance(starts, list) or not starts or not all(isinstance(start, dict) for start in starts):
         raise CheckpointError(f"{Path(run) / 'run.json'}: `starts` must be a list with the starts of the run")
@@ -113,7 +113,7 @@ def read_record(run: Path | None) -> Record:
         steps, evaluations = [], []
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{Path(run) / 'metrics.jsonl'}: cannot be read ({type(error).__name__})") from None
-    return Record(starts[fresh:], steps, evaluations)
+    return RunMetadata(starts[fresh:], steps, evaluations)
 
 
 def describe_base(model: str, revision: str, directory: Path) -> dict[str, Any]:
@@ -123,17 +123,16 @@ def describe_base(model: str, revision: str, directory: Path) -> dict[str, Any]:
 
 
 def card_license(directory: Path) -> str | None:
-    """`license` of the YAML head of a README.md; None where there is no such thing."""
+    """`license` in the YAML head of a README.md; None where there is none."""
     try:
-        found = re.match(
-            r"---\r?\n(.*?)^---\s*$", (directory / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
-        )
-        value = yaml.safe_load(found[1])["license"] if found else None
+        text = (directory / "README.md").read_text("utf-8")
+        head = re.match(r"---\r?\n(.*?)^---\s*$", text, re.DOTALL | re.MULTILINE)
+        value = yaml.safe_load(head[1])["license"] if head else None
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
     return value if isinstance(value, str) and value else None
 
 
 def last_part(path: Any) -> str:
-    """Of a path of any system: the folders above it are nobody's business."""
+    """Of a path of any system: the folders above may be private."""
     return re.split(r"[\\/]", path.rstrip("\\/"))[-1] if isinstance(path, str) else ""

@@ -21,13 +21,13 @@ import pytest
 
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from tests.support.layouts import shard
-from tests.support.loopback_hub import Fault, LoopbackHub
+from tests.support.loopback_http import Fault
+from tests.support.loopback_hub import LoopbackHub
 from tests.support.models import random_model
 from tests.support.training_runs import ROOT
 from train.publish import main
-from train.publishing import hub as hub_module
-from train.publishing import staging
-from train.publishing.remote_files import Destination
+from train.publishing import hub_client, staging
+from train.publishing.publish_settings import PublishSettings
 
 ID, TAG = "tester/tiny", "v1.0.0"
 AGAIN, NOT_AGAIN = "Trying again may help", "Trying again does not help"
@@ -48,16 +48,16 @@ FAULTS = {
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """Nothing of the developer's account is read or written, and nobody waits."""
+    """Nothing of the developer's account is read or written, and retries do not wait."""
     monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
-    monkeypatch.setattr(hub_module, "PAUSES", (0, 0, 0, 0))
+    monkeypatch.setattr(hub_client, "PAUSES", (0, 0, 0, 0))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 @pytest.fixture(scope="module")
 def staged(checkpoint_dir, tmp_path_factory):
-    return staging.stage(checkpoint_dir, Destination(ID, TAG), parent=tmp_path_factory.mktemp("staged"))
+    return staging.stage(checkpoint_dir, PublishSettings(ID, TAG), parent=tmp_path_factory.mktemp("staged"))
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ class Watch:
     def __call__(self, index: int, method: str, path: str) -> Fault | None:
         if TAG in self.server.tags(ID) and self.server.tree(ID, TAG) != self.wanted:
             self.broken.append(f"the tag is not whole at request {index}, {method} {path}")
-        if method == "PUT" and self.server.stores(path.rpartition("/")[2]):
+        if method == "PUT" and path.rpartition("/")[2] in self.server.blobs:
             self.broken.append(f"a stored blob is sent again at request {index}")
         return self.fault if index == self.at else None
 
@@ -175,6 +175,14 @@ def test_a_hub_that_stays_away_is_given_up_with_the_advice_to_come_back(staged_o
             assert server.tree(ID, TAG) == expected(staged_once)
 
 
+def test_only_our_retries_count_not_those_of_the_client(staged_once):
+    """The client repeats reads itself, and waits for as long as a hub asks."""
+    for fault in (Fault("drop"), Fault("status", 503), Fault("status", 429, {"Retry-After": "0"})):
+        with LoopbackHub(fault=lambda index, method, path, fault=fault: fault) as server:
+            assert publish(server) == 1
+            assert len(server.requests) == 5, fault
+
+
 def test_a_storage_that_stays_away_is_tried_five_times_not_twenty_five(staged_once, capsys):
     with LoopbackHub(fault=lambda index, method, path: Fault("drop") if method == "PUT" else None) as server:
         assert publish(server) == 1
@@ -186,15 +194,17 @@ def test_the_hub_is_waited_for_as_long_as_it_asks_but_not_for_an_hour(staged_onc
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
 
-    def busy(seconds: str):
-        return lambda index, method, path: Fault("status", 503, {"Retry-After": seconds}) if index == 1 else None
+    def busy(seconds: str, status: int):
+        return lambda index, method, path: Fault("status", status, {"Retry-After": seconds}) if index == 1 else None
 
-    with LoopbackHub(fault=busy("17")) as server:
-        assert publish(server) == 0
-    assert waited == [17.0]
-    with LoopbackHub(fault=busy("3600")) as server:
-        assert publish(server) == 1
-    assert waited == [17.0] and "asks to wait 3600 seconds" in capsys.readouterr().err
+    for status in (429, 503):
+        waited.clear()
+        with LoopbackHub(fault=busy("17", status)) as server:
+            assert publish(server) == 0
+        assert waited == [17.0]
+        with LoopbackHub(fault=busy("3600", status)) as server:
+            assert publish(server) == 1
+        assert waited == [17.0] and "asks to wait 3600 seconds" in capsys.readouterr().err
 
 
 def test_a_quota_is_told_from_a_missing_right(staged_once, capsys):
@@ -219,7 +229,7 @@ def test_a_repository_of_somebody_else_is_one_line(staged_once, capsys, checkpoi
 
 
 def test_a_file_that_changes_while_it_is_sent_is_not_published(checkpoint_dir, tmp_path, capsys, monkeypatch):
-    staged = staging.stage(checkpoint_dir, Destination(ID, TAG), parent=tmp_path)
+    staged = staging.stage(checkpoint_dir, PublishSettings(ID, TAG), parent=tmp_path)
     monkeypatch.setattr(staging, "stage", lambda *_: staged)
     weights = staged.directory / "model.safetensors"
     whole = weights.read_bytes()
@@ -271,7 +281,7 @@ def in_the_middle_of_a_blob(large: Path, home: Path, with_signal: int) -> tuple[
         done = subprocess.run(command, capture_output=True, check=False, **options)
         assert done.returncode == 0, done.stderr
         staged = large.with_name("final.staged")
-        assert server.tree(ID, TAG) == {n: (s, size) for n, (size, s) in staging.listing(staged).items()}
+        assert server.tree(ID, TAG) == {n: (s, size) for n, (size, s) in staging.list_files(staged).items()}
         assert server.token not in out + err + done.stdout + done.stderr
         assert "\r" not in done.stdout + done.stderr, "a bar without a terminal"
     assert [path.name for path in large.parent.iterdir() if "incomplete" in path.name] == []
@@ -285,7 +295,7 @@ def test_kill_9_in_the_middle_of_a_blob_and_the_same_command_again(large, tmp_pa
 
 def test_ctrl_c_in_the_middle_of_a_blob_is_clean(large, tmp_path):
     code, _, err = in_the_middle_of_a_blob(large, tmp_path, signal.SIGINT)
-    assert (code, err) == (130, "train.publish: stopped; the same command goes on from here\n")
+    assert (code, err) == (130, "train.publish: stopped; the same command resumes\n")
 
 
 def test_three_hundred_shards_in_parallel_with_faults(tmp_path, tokenizer, capsys):
@@ -296,7 +306,7 @@ def test_three_hundred_shards_in_parallel_with_faults(tmp_path, tokenizer, capsy
     with LoopbackHub(fault=lambda index, method, path: Fault("lost") if index % 50 == 49 else None) as server:
         fixed = ["--endpoint", server.endpoint, "--token", server.token]
         assert main([str(final), "--model-id", ID, "--revision", TAG, *fixed]) == 0
-        staged = staging.listing(final.with_name("final.staged"))
+        staged = staging.list_files(final.with_name("final.staged"))
         assert len(staged) > 300 and server.tree(ID, TAG) == {n: (s, size) for n, (size, s) in staged.items()}
         assert len(server.commits(ID)) == 1 + 2, "a commit has at most 200 files"
         puts = [request.path for request in server.requests if request.method == "PUT"]

@@ -19,10 +19,10 @@ from modelscope_dolly.evaluation import store
 from modelscope_dolly.evaluation.store import RunIdentity
 from tests.support.training_runs import finished
 from train.publishing.model_card import write_card
-from train.publishing.run_metadata import KNOWN_DATA, card_license, describe_base
+from train.publishing.run_metadata import KNOWN_DATASETS, card_license, describe_base
 
 ID, TAG = "me/dolly-v2-tiny", "v1.0.3"
-DOLLY = next(iter(KNOWN_DATA))
+DOLLY = next(iter(KNOWN_DATASETS))
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_real_run_records_what_the_card_wants(directory):
     head, body = card(directory, run=finished())
     assert "base_model" not in head and "datasets" not in head and "language" not in head
     english, _ = halves(body)
-    for label in ("records of", "SHA-256 of the records", "records read", "records dropped", "base model", "processes",
+    for label in ("data set", "SHA-256 of the records", "records read", "records dropped", "base model", "processes",
                   "optimizer steps", "hash of the batch plan", "hardware", "tokens processed", "versions"):  # fmt: skip
         assert f"\n| {label} | " in english, label
     assert "| base model | `base` |" in english and "| `dtype` | `fp32` |" in english

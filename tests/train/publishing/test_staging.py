@@ -14,14 +14,13 @@ from modelscope_dolly.checkpoint.check import check_directory
 from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.errors import CheckpointError, SettingError
 from modelscope_dolly.evaluation import store
-from modelscope_dolly.evaluation.model_under_test import files_digest
 from modelscope_dolly.evaluation.store import RunIdentity
 from tests.support.layouts import copy_2023_layout, plain_hf, shard
 from train.publishing import staging
-from train.publishing.remote_files import Destination
-from train.publishing.staging import listing, stage
+from train.publishing.publish_settings import PublishSettings
+from train.publishing.staging import list_files, stage
 
-TO = Destination("me/tiny", "v1.0.0")
+TO = PublishSettings("me/tiny", "v1.0.0")
 #: Contract of a published directory, beside weights and the card's pictures.
 NAMES = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -52,15 +51,17 @@ def test_only_the_files_of_a_revision_are_staged_and_the_rest_is_named(final):
 
 def test_the_files_are_those_of_the_export_byte_for_byte(final):
     staged = stage(final, TO)
-    exported, published = listing(final), staged.files
+    exported, published = list_files(final), staged.files
     assert {name for name in exported if published.get(name) != exported[name]} == {"manifest.json"}
-    assert staged.size == sum(path.stat().st_size for path in staged.directory.iterdir())
+    assert sum(file.size for file in staged.files.values()) == sum(
+        path.stat().st_size for path in staged.directory.iterdir()
+    )
 
 
 def test_weights_are_hard_links_and_nothing_that_is_written_reaches_the_checkpoint(final):
     before = {path.name: (path.read_bytes(), path.stat().st_mode) for path in final.iterdir()}
     staged = stage(final, TO)
-    assert staged.means == "hard links"
+    assert staged.weights_as == "hard links"
     assert os.path.samefile(final / "model.safetensors", staged.directory / "model.safetensors")
     assert not os.path.samefile(final / "configuration.json", staged.directory / "configuration.json")
     assert {path.name: (path.read_bytes(), path.stat().st_mode) for path in final.iterdir()} == before
@@ -72,14 +73,14 @@ def test_without_hard_links_blocks_are_shared_or_copied(final, monkeypatch):
 
     monkeypatch.setattr(staging.os, "link", refuse)
     staged = stage(final, TO)
-    assert staged.means in ("shared blocks", "copies")
+    assert staged.weights_as in ("shared blocks", "copies")
     assert manifest.differences(staged.directory) == []
 
 
 def test_staging_again_gives_the_same_bytes(final):
     first = stage(final, TO)
     assert stage(final, TO).files == first.files
-    other = stage(final, Destination("me/tiny", "v1.0.1")).files
+    other = stage(final, PublishSettings("me/tiny", "v1.0.1")).files
     assert {name for name in other if other[name] != first.files[name]} == {"README.md", "manifest.json"}
 
 
@@ -174,7 +175,7 @@ def test_a_directory_that_nobody_staged_is_never_replaced(final):
 
 def test_a_place_that_cannot_be_written_is_one_line(final, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingError, match=r"cannot be written.*--staging names another place"):
+    with pytest.raises(SettingError, match=r"cannot be written.*choose another --staging"):
         stage(final, TO, parent=tmp_path / "file")
 
 
@@ -190,6 +191,6 @@ def test_only_an_evaluation_of_these_very_files_gets_into_the_card(final, tmp_pa
     results("ab" * 32, "another")
     with pytest.raises(SettingError, match=r"holds results of another \(abababababab\), none of the files that are"):
         stage(final, TO, evaluation=tmp_path / "eval")
-    results(files_digest(final, weight_files(final)), "final")
+    results(manifest.model_digest(final, weight_files(final)), "final")
     card = (stage(final, TO, evaluation=tmp_path / "eval").directory / "README.md").read_text()
     assert "| me/tiny | n/a |" in card and "| another |" not in card and "| final |" not in card

@@ -1,4 +1,4 @@
-"""The token stays at home, and bytes are counted."""
+"""Who gets to see the token, and how progress is reported."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from modelscope_dolly.errors import PublishError
-from tests.support.loopback_hub import Fault
+from tests.support.loopback_http import Fault
 from tests.support.loopback_storage import LoopbackStorage
 from tests.support.publishing import ID, alone_fixture, final_fixture, publish, server_fixture, staged_tree  # noqa: F401
 from train.publish import main
-from train.publishing import hub as hub_module
-from train.publishing import transfer as wire
-from train.publishing.remote_files import Destination
+from train.publishing import transfer
+from train.publishing.hub_client import HubClient, guard
+from train.publishing.publish_settings import PublishSettings
 
 
 @pytest.mark.parametrize("token", [None, "", "two words", "naïve"])
@@ -48,7 +48,7 @@ def test_a_storage_host_that_needs_the_token_gets_it_only_when_told(final, serve
         assert (
             "refused a file that was sent without your token (403). Trying again does not help: if this host " in told
         )
-        assert told.endswith(f"say --trust-storage-host {storage.host}\n")
+        assert told.endswith(f"pass --trust-storage-host {storage.host}\n")
         assert server.token not in str(storage.requests)
         assert publish(server, final, "v1.0.0", "--trust-storage-host", storage.host) == 0
         assert server.token in storage.requests[-1]["authorization"]
@@ -74,7 +74,7 @@ def test_a_hub_that_quotes_the_token_does_not_get_it_printed(final, server, caps
 
 
 def test_another_scheme_or_port_is_another_host(server):
-    hub = hub_module.Hub(Destination(ID, "v1", trust_storage_host=("lfs.hub.example",)), "t", "https://hub.example")
+    hub = HubClient(PublishSettings(ID, "v1", trust_storage_host=("lfs.hub.example",)), "t", "https://hub.example")
     assert hub.trusts("https://hub.example/x") and hub.trusts("https://HUB.example:443/x")
     assert hub.trusts("https://lfs.hub.example/x")
     for url in ("http://hub.example/x", "https://hub.example:8443/x", "https://hub.example.evil.example/x",
@@ -84,16 +84,16 @@ def test_another_scheme_or_port_is_another_host(server):
 
 def test_an_unknown_client_is_not_used_with_an_open_door():
     with pytest.raises(PublishError, match="install the tested version"):
-        wire.guard([SimpleNamespace(http="not a session")], lambda url: True, None)
+        guard(SimpleNamespace(http="not a session"), lambda url: True)
 
 
 def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(monkeypatch):
     said, clock = [], iter(range(0, 1000, 30))
-    monkeypatch.setattr(wire.time, "monotonic", lambda: next(clock))
-    with wire.Progress(5_000_000, said.append) as progress:
+    monkeypatch.setattr(transfer.time, "monotonic", lambda: next(clock))
+    with transfer.Progress(5_000_000, said.append) as progress:
         progress.add(2_500_000)
-    assert progress.bar is None and len(said) == 1 and said[0].startswith("2.5 MB of 5.0 MB sent, ")
+    assert progress.bar.disable and len(said) == 1 and said[0].startswith("2.5 MB of 5.0 MB sent, ")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with wire.Progress(5_000_000, said.append) as progress:
+    with transfer.Progress(5_000_000, said.append) as progress:
         progress.add(2_500_000)
         assert progress.bar.n == 2_500_000 and progress.bar.unit == "B" and len(said) == 1
