@@ -23,7 +23,7 @@ import yaml
 from modelscope_dolly.checkpoint.manifest import write_atomically
 from modelscope_dolly.checkpoint.reader import read_config
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
-from train.data.records import DROPPED
+from train.data.validate import DROPPED
 from train.publishing.run_metadata import Record, last_part, read_record
 from train.training.report import draw_loss
 
@@ -214,7 +214,8 @@ def training_rows(say: Say, record: Record) -> Rows:
 
 
 def setting_rows(record: Record) -> Rows:
-    size = "tokens_per_batch" if record.get("settings", "batching") == "packed" else "padded_batch_size"
+    # Runs of earlier versions could pad.
+    size = "padded_batch_size" if record.get("settings", "batching") == "padded" else "tokens_per_batch"
     limited = ["max_steps"] if record.get("settings", "max_steps") else []  # 0 means: all
     places = [("settings", name) for name in (*HYPERPARAMETERS, *limited, size)]
     places += [*(("chosen", name) for name in CHOSEN), *(("settings", "lora", name) for name in ADAPTER)]
