@@ -26,10 +26,11 @@ import torch
 from modelscope_dolly.checkpoint.manifest import read_json, write_atomically
 from modelscope_dolly.errors import DollyError
 from train.config import Parser, Resolved, TrainConfig, add_flags, flag, resolve
-from train.data.padded import RECORDS_PER_BATCH, padded_batch, padded_plan
+from train.data.padded import padded_batch, padded_batch_size, padded_plan
 from train.finetune import exit_code, set_up, train
 from train.planning.hardware import gib
 from train.prepare import Batching
+from train.training.distributed import world_size
 from train.training.loss import summed_cross_entropy
 from train.training.report import read_metrics
 
@@ -44,19 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     add_flags(parser)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each run (default: 10)")
     parser.add_argument("--processes", type=int, default=1, help="processes of each run, by torchrun (default: 1)")
-    parser.add_argument("--padded-batch-size", type=int, default=RECORDS_PER_BATCH,
-                        help="records in a padded forward pass of one process (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--measure", choices=MODES, help=argparse.SUPPRESS)  # in the processes that this one starts
     try:
         options = parser.parse(arguments)
         if options.measure:
-            return exit_code("train.bench", lambda: measure(resolve(options), options))
+            return exit_code("train.bench", lambda: measure(resolve(options), options.measure))
         config = resolve(options).config
         if options.steps < 2:
             raise DollyError(f"--steps is {options.steps}, it must be at least 2: the first is not counted")
-        if options.padded_batch_size < 1:
-            raise DollyError(f"--padded-batch-size is {options.padded_batch_size}, it must be at least 1")
         results = {mode: run_mode(config, options, mode) for mode in MODES}
     except DollyError as error:
         print(f"train.bench: {error}", file=sys.stderr)
@@ -81,9 +78,10 @@ def all_logits_loss(network: Any, inputs: dict[str, Any], labels: torch.Tensor, 
     return summed_cross_entropy(logits.flatten(0, 1), labels.flatten()) / label_total
 
 
-def measure(resolved: Resolved, options: argparse.Namespace) -> None:
+def measure(resolved: Resolved, mode: str) -> None:
     """Train in this process as far as the metrics: nothing is exported or published."""
-    trainer = train(set_up(resolved, padded(options.padded_batch_size) if options.measure == "padded" else None))
+    size = padded_batch_size(resolved.config.global_batch_size, world_size())
+    trainer = train(set_up(resolved, padded(size) if mode == "padded" else None))
     if trainer.args.process_index == 0:
         write_atomically(Path(resolved.config.output_dir) / PEAK, json.dumps({"bytes": peak_memory()}) + "\n")
     trainer.accelerator.end_training()
@@ -101,7 +99,6 @@ def run_mode(config: TrainConfig, options: argparse.Namespace, mode: str) -> dic
         if options.processes > 1:
             command += ["torch.distributed.run", "--nproc-per-node", str(options.processes), "--module"]
         command += ["train.bench", str(options.recipe), "--measure", mode]
-        command += ["--padded-batch-size", str(options.padded_batch_size)]
         command += [word for name, value in settings.items() if value is not None for word in (flag(name), value)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

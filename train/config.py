@@ -215,25 +215,22 @@ def _parse(name: str, text: str) -> Any:
 def _typed(key: dataclasses.Field, value: Any) -> Any:
     """`value` in the type of the key's default; ValueError says what was expected."""
     expected, choices = str(key.type), key.metadata["choices"]
-    if expected == "bool":
-        if not isinstance(value, bool):
-            raise ValueError("it must be true or false")
-        return value
-    if expected == "int":
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError("it must be a whole number")
-        return value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if expected == "bool" and not isinstance(value, bool):
+        raise ValueError("it must be true or false")
+    if expected == "int" and not (is_number and isinstance(value, int)):
+        raise ValueError("it must be a whole number")
+    if expected == "dict" and not (value is None or isinstance(value, dict)):
+        raise ValueError("it must be {key: value, ...}")
     if expected == "float":
         try:  # YAML 1.1 reads 5e-6 as text
-            number = float(value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
+            number = float(value) if is_number or isinstance(value, str) else math.nan
+        except (ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise ValueError("it must be a number")
         return number
-    if expected == "dict":
-        if value is not None and not isinstance(value, dict):
-            raise ValueError("it must be {key: value, ...}")
+    if expected != "str":
         return value
     text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
     if choices == SWITCH and isinstance(value, bool):

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from modelscope_dolly.errors import DollyError, PublishError, SettingError
 from modelscope_dolly.hardware import check_disk
-from train.config import Parser, Resolved, TrainConfig, add_flags, resolve
+from train.config import Parser, Resolved, add_flags, resolve
 from train.data.collate import PassDataset
 from train.planning.hardware import Hardware
 from train.planning.memory import checkpoint_bytes, disk_need
@@ -33,21 +33,8 @@ from train.publish import after_training, before_training
 from train.publishing.run_metadata import describe_base
 from train.training.arguments import report_backends, training_arguments
 from train.training.callbacks import MetricsFile, Progress, SaveOnSignal, StopOnBadLoss
-from train.training.checkpoints import (
-    DISK_REMEDY,
-    RunCheckpoint,
-    choose_resume,
-    existing_checkpoint_bytes,
-    writing,
-)
-from train.training.distributed import (
-    check_agreement,
-    is_first_process,
-    launch_alone,
-    print_first,
-    rank,
-    world_size,
-)
+from train.training.checkpoints import DISK_REMEDY, RunCheckpoint, choose_resume, existing_checkpoint_bytes, writing
+from train.training.distributed import check_agreement, is_first_process, launch_alone, print_first, rank, world_size
 from train.training.elastic_resume import AfterConversion, StartingPoint, convert_together, starting_point
 from train.training.lora import check_lora
 from train.training.model import export_model, load_base
@@ -130,35 +117,32 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     Raises:
         DollyError: bad settings or records, too little memory or disk, or a checkpoint that does not match.
     """
-    config: TrainConfig = resolved.config
+    config = resolved.config
     output, world = Path(config.output_dir), world_size()
     report_backends(config)
 
     # Records and batch plan.
     batching = batching or packed(config)
     data = prepare(config, world, batching)
-    print_first(data.checked.report)
-    print_first(", ".join(f"{name} {value}" for name, value in data.plan.summary().items()))
+    print_first(data.checked.report, ", ".join(f"{name} {value}" for name, value in data.plan.summary().items()))
 
     # Memory and disk: what fits, and why.
     hardware, job = Hardware.of_this_run(output), data.job
     options = {"offload": config.offload, "dtype": config.dtype, "recompute": config.checkpoint_activations}
     choice = choose(job, hardware, config.zero_stage, **options)
     use_deepspeed = choice.stage > 0 or world > 1
-    print_first(f"{choice.dtype} ({choice.dtype_reason}); ZeRO {choice.stage}, offload {choice.offload} "
-                f"({choice.reason})")  # fmt: skip
-    print_first("optimizer by DeepSpeed" if use_deepspeed else
-                "one process and ZeRO 0: transformers' Trainer without DeepSpeed")  # fmt: skip
+    print_first(
+        f"{choice.dtype} ({choice.dtype_reason}); ZeRO {choice.stage}, offload {choice.offload} ({choice.reason})",
+        "optimizer by DeepSpeed" if use_deepspeed else "one process and ZeRO 0: the Trainer alone, without DeepSpeed",
+    )
     need = disk_need(job, len(data.plan.steps), config.save_every, config.keep_checkpoints, choice.dtype)
     check_disk(output, need - existing_checkpoint_bytes(output), "the run", DISK_REMEDY)
 
     # Where to resume.
     resume, lines = choose_resume(output, config.resume, data.plan.order_hash)
-    for line in lines:
-        print_first(line)
+    print_first(*lines)
     start = starting_point(resume, world, choice.stage, use_deepspeed, config.zero_stage == "auto")
-    for line in [*start.lines, *changed_settings(output / "run.json", config, resume)]:
-        print_first(line)
+    print_first(*start.lines, *changed_settings(output / "run.json", config, resume))
     check_lora(data.lora, start.stage, resume.path if resume else None)
     if start.stage != choice.stage:
         choice = choose(job, hardware, str(start.stage), **options)
@@ -189,21 +173,14 @@ def train(setup: Setup) -> DollyTrainer:
     # The arguments come before the model: with ZeRO 3 they make from_pretrained shard while it loads.
     arguments = training_arguments(config, data.plan, choice, start)
     convert_together(start)
-    model = load_base(
-        data.base, data.tokenizer, choice, start.use_deepspeed, arguments.device, data.lora, setup.batching.attention,
-        setup.batching.loss,
-    )  # fmt: skip
+    model = load_base(data, choice, start.use_deepspeed, arguments.device, setup.batching)
     callbacks = [MetricsFile(output / "metrics.jsonl", data.plan), Progress(data.plan), StopOnBadLoss(),
                  AfterConversion(start), stopper := SaveOnSignal()]  # fmt: skip
+    passes = PassDataset(data.plan, data.examples, data.tokenizer.control.eos, setup.batching.collate)
     trainer = DollyTrainer(
-        config,
-        PassDataset(data.plan, data.examples, data.tokenizer.control.eos, setup.batching.collate),
-        checkpoint_bytes(data.job.trained),
-        data.held_out,
-        model=model,
-        args=arguments,
+        config, passes, checkpoint_bytes(data.job.trained), data.held_out, model=model, args=arguments,
         callbacks=callbacks,
-    )
+    )  # fmt: skip
     check_agreement((choice.stage, choice.offload, choice.dtype, choice.recompute))
     trainer.train(resume_from_checkpoint=str(start.path) if start.path else None)
     if stopper.received:
@@ -220,7 +197,7 @@ def export(setup: Setup, trainer: DollyTrainer, final: Path) -> None:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_first_process():
         with writing(final):
-            export_model(trainer, state, setup.data.tokenizer, setup.choice.dtype, final, setup.data.lora)
+            export_model(trainer, state, setup.data, setup.choice.dtype, final)
             draw_loss(final.parent)
         print(summary(final.parent))
         print(f"wrote {final}; try: dolly ask --model {final} 'Name three colours.'")

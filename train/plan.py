@@ -14,7 +14,7 @@ import sys
 from modelscope_dolly.errors import DollyError
 from modelscope_dolly.hardware import gigabytes
 from train.config import Parser, Resolved, add_flags, resolve
-from train.data.padded import RECORDS_PER_BATCH, padded_plan
+from train.data.padded import padded_batch_size, padded_plan
 from train.planning.hardware import Hardware
 from train.planning.memory import checkpoint_bytes, disk_need, final_bytes
 from train.planning.zero_stage import ZeroChoice, choose, table
@@ -108,7 +108,7 @@ def _disk(resolved: Resolved, data: PreparedData, choice: ZeroChoice) -> str:
 def _padded_tokens(resolved: Resolved, data: PreparedData) -> int:
     """Tokens that batches of 6 records, padded to their longest, would process in one process."""
     config, lengths = resolved.config, [len(ids) for ids, _ in data.examples]
-    size = max(size for size in range(1, RECORDS_PER_BATCH + 1) if config.global_batch_size % size == 0)
+    size = padded_batch_size(config.global_batch_size, 1)
     plan = padded_plan(lengths, config.seed, config.epochs, config.global_batch_size, 1, size)
     return (plan.first_steps(config.max_steps) if config.max_steps else plan).processed
 

@@ -26,21 +26,13 @@ from train.training.loss import response_loss
 
 
 class Batching(NamedTuple):
-    """How records become forward passes, and passes a loss. Training packs; train.bench also measures padding.
+    """How records become forward passes, and passes a loss. Training packs; train.bench also measures padding."""
 
-    Attributes:
-        plan: (lengths, seed, epochs, global_batch_size, world, size) -> the batch plan.
-        size: of one forward pass: tokens of a packed one, records of a padded one.
-        collate: records of a pass, filler -> its tensors.
-        attention: transformers' name of the attention that they need.
-        loss: (network, inputs, labels, label_total) -> the loss.
-    """
-
-    plan: Callable[..., BatchPlan]
-    size: int
-    collate: Callable[..., dict]
-    attention: str
-    loss: Callable[..., torch.Tensor]
+    plan: Callable[..., BatchPlan]  # (lengths, seed, epochs, global_batch_size, world, size)
+    size: int  # of one forward pass: tokens of a packed one, records of a padded one
+    collate: Callable[..., dict]  # (records of a pass, filler) -> its tensors
+    attention: str  # transformers' name of the attention that they need
+    loss: Callable[..., torch.Tensor]  # (network, inputs, labels, label_total)
 
 
 def packed(config: TrainConfig) -> Batching:

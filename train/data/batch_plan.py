@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -23,9 +24,8 @@ from modelscope_dolly.errors import SettingError
 
 #: Records of one forward pass. An empty one runs a single token that has no label: all ranks must take part.
 Pass = tuple[int, ...]
-#: [step][rank][micro-step] -> a pass, or its tokens.
+#: [step][rank][micro-step] -> a pass.
 Steps = tuple[tuple[tuple[Pass, ...], ...], ...]
-Loads = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 class LargestPass(NamedTuple):
@@ -49,7 +49,7 @@ class BatchPlan:
     """
 
     steps: Steps
-    loads: Loads
+    loads: tuple[tuple[tuple[int, ...], ...], ...]
     step_tokens: tuple[int, ...]
 
     @property
@@ -79,12 +79,8 @@ class BatchPlan:
 
     @cached_property
     def largest(self) -> LargestPass:
-        passes = (
-            LargestPass(self.loads[step][rank][micro_step], step, rank, micro_step)
-            for step in range(len(self.steps))
-            for micro_step in range(self.accumulation)
-            for rank in range(self.world)
-        )
+        indices = itertools.product(range(len(self.steps)), range(self.accumulation), range(self.world))
+        passes = (LargestPass(self.loads[step][rank][micro], step, rank, micro) for step, micro, rank in indices)
         return max(passes, key=lambda entry: entry.tokens)
 
     @property

@@ -37,6 +37,12 @@ def padded_plan(
     return make_plan(tuple(steps), lengths, lambda batch: len(batch) * padded_length(batch))
 
 
+def padded_batch_size(global_batch_size: int, world: int) -> int:
+    """RECORDS_PER_BATCH, or the largest smaller number whose passes divide the global batch evenly; at least 1."""
+    sizes = range(1, RECORDS_PER_BATCH + 1)
+    return max((size for size in sizes if global_batch_size % (world * size) == 0), default=1)
+
+
 def padded_length(lengths: Sequence[int]) -> int:
     """Tokens that each row of a padded batch has."""
     return -(-max(lengths) // MULTIPLE) * MULTIPLE

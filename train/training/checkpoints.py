@@ -42,9 +42,7 @@ class RunCheckpoint:
 def mark_complete(path: Path, world: int, plan_hash: str, order_hash: str) -> None:
     """Declare a saved directory complete. One process calls it, after all have written their files."""
     step = int(_NAME.fullmatch(path.name)[1])
-    files = {
-        file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()
-    }
+    files = {file.relative_to(path).as_posix(): size for file, size in file_sizes(path)}
     marker = {"step": step, "world": world, "plan_hash": plan_hash, "order_hash": order_hash, "files": files}
     write_atomically(path / MARKER, json.dumps(marker, indent=2) + "\n")
 
@@ -176,4 +174,9 @@ def writing(path: Path) -> Iterator[None]:
 
 def existing_checkpoint_bytes(run: Path) -> int:
     """Bytes of the checkpoints that a run already has; later ones replace them."""
-    return sum(file.stat().st_size for path in run_checkpoints(run) for file in path.rglob("*") if file.is_file())
+    return sum(size for path in run_checkpoints(run) for _, size in file_sizes(path))
+
+
+def file_sizes(directory: Path) -> list[tuple[Path, int]]:
+    """Every file below a directory, with its bytes."""
+    return [(file, file.stat().st_size) for file in sorted(directory.rglob("*")) if file.is_file()]

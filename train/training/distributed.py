@@ -23,10 +23,10 @@ def is_first_process() -> bool:
     return rank() == 0
 
 
-def print_first(text: object) -> None:
-    """Print in the first process only."""
+def print_first(*lines: object) -> None:
+    """Print lines in the first process only."""
     if is_first_process():
-        print(text)
+        print(*lines, sep="\n", end="\n" if lines else "")
 
 
 def launch_alone() -> None:

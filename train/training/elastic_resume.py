@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from modelscope_dolly.checkpoint.writer import new_directory
 from modelscope_dolly.errors import DollyError, SettingError, one_line
 from modelscope_dolly.hardware import check_disk
-from train.training.checkpoints import DISK_REMEDY, MARKER, RunCheckpoint, writing
+from train.training.checkpoints import DISK_REMEDY, MARKER, RunCheckpoint, file_sizes, writing
 from train.training.distributed import is_first_process, world_size
 
 SUFFIX = ".universal"
@@ -143,7 +143,7 @@ def convert(checkpoint: Path, target: Path) -> None:
     for left_over in target.parent.glob(f".{target.name}.*"):  # from a conversion that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     states = _states(checkpoint)
-    size = sum(file.stat().st_size for file in states.iterdir() if file.is_file())
+    size = sum(size for _, size in file_sizes(states))
     # Twice: the fragments, and the files they are joined into.
     check_disk(target.parent, 2 * size, f"converting {checkpoint}", DISK_REMEDY)
     with writing(target), new_directory(target, replace=True) as growing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,22 +11,15 @@ from modelscope_dolly.checkpoint.check import check_directory
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.errors import DollyError
 from modelscope_dolly.hardware import DTYPES
-from modelscope_dolly.prompt import DollyTokenizer
 from train.planning.zero_stage import ZeroChoice
-from train.training.lora import Lora, add_adapters, merge
+from train.prepare import Batching, PreparedData
+from train.training.lora import add_adapters, merge
 from train.training.loss import CausalLMLoss
 from train.training.trainer import DollyTrainer
 
 
 def load_base(
-    base: Path,
-    tokenizer: DollyTokenizer,
-    choice: ZeroChoice,
-    use_deepspeed: bool,
-    device: torch.device,
-    lora: Lora | None,
-    attention: str,
-    loss: Callable[..., torch.Tensor],
+    data: PreparedData, choice: ZeroChoice, use_deepspeed: bool, device: torch.device, batching: Batching
 ) -> torch.nn.Module:
     """The base model under a loss, its vocabulary cut or extended to the tokenizer's, as the public recipe does.
 
@@ -37,52 +29,47 @@ def load_base(
     shards it while it loads instead.
     """
     model, report = GPTNeoXForCausalLM.from_pretrained(
-        str(base),
-        dtype=DTYPES[choice.dtype] if use_deepspeed or lora else torch.float32,
+        str(data.base),
+        dtype=DTYPES[choice.dtype] if use_deepspeed or data.lora else torch.float32,
         device_map={"": device} if device.type == "cuda" and choice.stage < 3 else None,
-        attn_implementation=attention,
+        attn_implementation=batching.attention,
         output_loading_info=True,
     )
     unloaded = [*report["missing_keys"], *report["mismatched_keys"]]
     if unloaded:
-        raise DollyError(
-            f"{base}: {len(unloaded)} weights were not loaded, among them {unloaded[0]}; run: dolly check {base}"
-        )
-    if model.config.vocab_size != len(tokenizer.tokenizer):
-        model.resize_token_embeddings(len(tokenizer.tokenizer), mean_resizing=False)
+        problem = f"{len(unloaded)} weights were not loaded, among them {unloaded[0]}"
+        raise DollyError(f"{data.base}: {problem}; run: dolly check {data.base}")
+    if model.config.vocab_size != data.network.vocab_size:
+        model.resize_token_embeddings(data.network.vocab_size, mean_resizing=False)
     if choice.recompute:
         # Renamed in transformers 5; the old name goes in 6.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    model = CausalLMLoss(model, loss)
-    return add_adapters(model, lora, tokenizer) if lora else model
+    model = CausalLMLoss(model, batching.loss)
+    return add_adapters(model, data.lora, data.tokenizer) if data.lora else model
 
 
-def export_model(
-    trainer: DollyTrainer, state: dict[str, torch.Tensor], tokenizer: DollyTokenizer, dtype: str, target: Path,
-    lora: Lora | None,
-) -> None:  # fmt: skip
-    """Write the trained weights as a model directory, and check it.
+def export_model(trainer: DollyTrainer, state: dict[str, torch.Tensor], data: PreparedData, dtype: str, target: Path):
+    """Write the trained weights as a model directory, and check it. Adapters are merged, and saved alone beside it.
 
     Args:
         trainer: after training.
         state: its weights, gathered from all processes.
-        tokenizer: with the three keys.
+        data: of the run.
         dtype: number type to save, "bf16", "fp16" or "fp32".
         target: the new directory.
-        lora: settings of the adapters, which are merged; they are also saved alone, beside the target.
 
     Raises:
         DollyError: the written directory has a problem.
     """
     trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     network = trained.network
-    if lora:
-        network = merge(trained, lora, tokenizer, trainer.config.model, target.parent / "adapter")
+    if data.lora:
+        network = merge(trained, data.lora, data.tokenizer, trainer.config.model, target.parent / "adapter")
         state = network.state_dict()
     network.config.dtype = DTYPES[dtype]
     weights = {name.removeprefix("network."): tensor.to(DTYPES[dtype]) for name, tensor in state.items()}
-    export_checkpoint(network, tokenizer, target, state=weights)
+    export_checkpoint(network, data.tokenizer, target, state=weights)
     problems = [finding.detail for finding in check_directory(target) if finding.status == "problem"]
     if problems:
         raise DollyError(f"{target} was written, but has problems: {'; '.join(problems)}")
