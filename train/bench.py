@@ -27,10 +27,10 @@ from modelscope_dolly.checkpoint.manifest import read_json, write_atomically
 from modelscope_dolly.errors import DollyError
 from train.config import Parser, Resolved, TrainConfig, add_flags, flag, resolve
 from train.data.padded import padded_batch, padded_batch_size, padded_plan
+from train.distributed import world_size
 from train.finetune import exit_code, set_up, train
 from train.planning.hardware import gib
 from train.prepare import Batching
-from train.training.distributed import world_size
 from train.training.loss import summed_cross_entropy
 from train.training.report import read_metrics
 

@@ -25,6 +25,7 @@ from modelscope_dolly.errors import DollyError, PublishError, SettingError
 from modelscope_dolly.hardware import check_disk
 from train.config import Parser, Resolved, add_flags, resolve
 from train.data.collate import PassDataset
+from train.distributed import check_agreement, is_first_process, launch_alone, print_first, rank, world_size
 from train.planning.hardware import Hardware
 from train.planning.memory import checkpoint_bytes, disk_need
 from train.planning.zero_stage import ZeroChoice, choose
@@ -34,7 +35,6 @@ from train.publishing.run_metadata import describe_base
 from train.training.arguments import report_backends, training_arguments
 from train.training.callbacks import MetricsFile, Progress, SaveOnSignal, StopOnBadLoss
 from train.training.checkpoints import DISK_REMEDY, RunCheckpoint, choose_resume, existing_checkpoint_bytes, writing
-from train.training.distributed import check_agreement, is_first_process, launch_alone, print_first, rank, world_size
 from train.training.elastic_resume import AfterConversion, StartingPoint, convert_together, starting_point
 from train.training.lora import check_lora
 from train.training.model import export_model, load_base

@@ -112,7 +112,7 @@ def test_without_a_terminal_there_is_text_and_no_progress_bar():
     says = (folder / "stdout").read_text()
     assert "learning_rate           0.001  (" in says and "weight_decay            0.0  (default)" in says
     assert f"{RECORDS} records, {RECORDS} kept" in says and f"steps {STEPS}, world 1" in says
-    assert "starting anew" in says and f"wrote {folder / 'run' / 'final'}" in says
+    assert "starting from the base model" in says and f"wrote {folder / 'run' / 'final'}" in says
     assert "Traceback" not in (folder / "stderr").read_text()
 
 

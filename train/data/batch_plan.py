@@ -29,7 +29,7 @@ Steps = tuple[tuple[tuple[Pass, ...], ...], ...]
 
 
 class LargestPass(NamedTuple):
-    """The most tokens in one forward pass of the run, and the first place where they occur."""
+    """The forward pass with the most tokens in the run; of several, the first."""
 
     tokens: int
     step: int
@@ -43,9 +43,9 @@ class BatchPlan:
 
     Attributes:
         steps: [step][rank][micro-step] -> indices of records. Every rank takes the same number of micro-steps in every
-            step (gradient accumulation), as DeepSpeed requires.
+            step, as DeepSpeed requires: `accumulation`. `world` is the number of ranks.
         loads: the tokens that each of these passes processes, padding included.
-        step_tokens: tokens in the records of each step.
+        step_tokens: tokens in the records of each step; `tokens` is their sum.
     """
 
     steps: Steps
@@ -54,17 +54,14 @@ class BatchPlan:
 
     @property
     def world(self) -> int:
-        """Ranks."""
         return len(self.steps[0])
 
     @property
     def accumulation(self) -> int:
-        """Forward passes of one rank in one step."""
         return len(self.steps[0][0])
 
     @property
     def tokens(self) -> int:
-        """In all records of all steps."""
         return sum(self.step_tokens)
 
     @cached_property

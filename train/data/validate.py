@@ -20,7 +20,7 @@ from modelscope_dolly.errors import DollyError, PromptError, SettingError
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, check_text
 from train.data.formats import SourceRow, excerpt
 from train.data.sources import FIELDS, REQUIRED, Source
-from train.training.distributed import is_first_process
+from train.distributed import is_first_process
 
 #: Why a record is dropped, and what is noted about one that is kept.
 DROPPED = ("not_utf8", "not_json", "wrong_type", "missing", "empty_instruction", "empty_response", "too_long")
@@ -40,7 +40,7 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class RecordProblem:
-    """One thing wrong, or worth knowing, about one record."""
+    """Why a record was dropped, or a note about one that was kept."""
 
     line: int
     kind: str
@@ -131,11 +131,6 @@ class CheckedRecords:
     ids: list[list[int]]
     prompt_lengths: list[int]
     report: DataReport
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each training text."""
-        return [len(ids) for ids in self.ids]
 
 
 def check_records(source: Source, tokenizer: DollyTokenizer, max_length: int, strict: bool = False) -> CheckedRecords:

@@ -1,4 +1,4 @@
-"""The machine that a run is planned for: the one here, or one described by text such as `8xA100-80G,host=512G`.
+"""The machine that a run is planned for: this one, or one described by text such as `8xA100-80G,host=512G`.
 
 Memory is in GiB (2^30 bytes) here, like the names of the cards and the figures of nvidia-smi and torch; disk is in GB.
 """
@@ -14,8 +14,8 @@ import torch
 
 from modelscope_dolly.errors import SettingError, unknown_name
 from modelscope_dolly.hardware import choose_dtype, free_disk, free_memory
+from train.distributed import world_size
 from train.planning.memory import GIB
-from train.training.distributed import world_size
 
 #: name -> (computes bfloat16, keeps error-correction bits in its memory). GDDR6 cards of data centers give 1/16 of
 #: their memory to those bits (an A10 of 24 GiB reports 22.5); HBM has its own, and an RTX 4090 has them switched off.

@@ -106,7 +106,7 @@ def choose_resume(run: Path, resume: str, order_hash: str) -> tuple[RunCheckpoin
                 f"resume is 'no', but {run} holds {len(existing)} checkpoints, the newest {existing[0].name}; give "
                 "another output_dir, or remove them"
             )
-        return None, ["starting anew (resume: no)"]
+        return None, ["starting from the base model (resume: no)"]
     if resume == "auto":
         chosen, skipped = newest_complete(run)
         lines = [f"skipped: {reason}" for reason in skipped]
@@ -116,10 +116,10 @@ def choose_resume(run: Path, resume: str, order_hash: str) -> tuple[RunCheckpoin
         if newest and newest.step > chosen.step:  # the next automatic resume would take that one, from another history
             raise SettingError(
                 f"resume is {resume!r}, step {chosen.step}, but {newest.path} is newer; remove the newer checkpoints, "
-                "or give another output_dir, which leaves both histories whole"
+                "or give another output_dir, which keeps both histories"
             )
     if chosen is None:
-        return None, [*lines, "starting anew: no complete checkpoint"]
+        return None, [*lines, "starting from the base model: no complete checkpoint"]
     if chosen.order_hash != order_hash:
         raise SettingError(
             f"{chosen.path}: was made with other records or another order of them (data, seed, epochs, "
@@ -168,7 +168,7 @@ def writing(path: Path) -> Iterator[None]:
             raise
         raise DollyError(
             f"{path} cannot be written ({one_line(error)}); {gigabytes(free_disk(path))} are free there. "
-            "Started again, a run goes on from its newest complete checkpoint"
+            "Started again, a run resumes from its newest complete checkpoint"
         ) from error
 
 

@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 from modelscope_dolly.checkpoint.writer import new_directory
 from modelscope_dolly.errors import DollyError, SettingError, one_line
 from modelscope_dolly.hardware import check_disk
+from train.distributed import is_first_process, world_size
 from train.training.checkpoints import DISK_REMEDY, MARKER, RunCheckpoint, file_sizes, writing
-from train.training.distributed import is_first_process, world_size
 
 SUFFIX = ".universal"
 #: What the Trainer reads besides DeepSpeed's files. Random states are left behind: they belong to the old processes.
@@ -155,10 +155,10 @@ def convert(checkpoint: Path, target: Path) -> None:
 
 def _is_converted_from(target: Path, checkpoint: Path) -> bool:
     """Whether `target` was converted from this very checkpoint, not from an older one of the same step."""
-    ours, theirs = target / MARKER, checkpoint / MARKER
-    if not ours.is_file():
+    copied, original = target / MARKER, checkpoint / MARKER
+    if not copied.is_file():
         return False
-    return ours.stat().st_mtime_ns == theirs.stat().st_mtime_ns and ours.read_bytes() == theirs.read_bytes()
+    return copied.stat().st_mtime_ns == original.stat().st_mtime_ns and copied.read_bytes() == original.read_bytes()
 
 
 def _run_converter(states: Path, target: Path) -> None:

@@ -120,7 +120,7 @@ def test_csv_rows_of_another_width_than_the_header(tmp_path, tokenizer):
 def test_the_limit_is_that_of_the_public_recipe(check, tokenizer):
     ids, prompt = tokenizer.encode_example(**GOOD)
     kept = check(GOOD, max_length=len(ids) + 1)
-    assert (kept.ids, kept.lengths, kept.prompt_lengths) == ([ids], [len(ids)], [prompt])
+    assert (kept.ids, kept.prompt_lengths) == ([ids], [prompt])
     with pytest.raises(DollyError, match=r"none of the 1 records is usable \(too_long 1\): line 1: .*Repair them"):
         check(GOOD, max_length=len(ids))
     short = {"instruction": "a", "response": "b"}
@@ -281,7 +281,7 @@ def test_the_public_data_has_the_known_numbers():
     assert (report.rows, report.kept) == (15_015, 14_977)
     assert (report.tokens_kept, report.label_tokens_kept) == (2_948_863, 1_213_472)
     assert (report.tokens_kept, report.label_tokens_kept) == (
-        sum(checked.lengths),
+        sum(map(len, checked.ids)),
         sum(map(len, checked.ids)) - sum(checked.prompt_lengths),
     )
     assert report.tokens_kept + report.tokens_dropped == 3_071_684

@@ -106,8 +106,8 @@ def test_newest_means_the_highest_step_and_other_names_are_left_alone(tmp_path):
 
 
 def test_a_new_run_starts_anew_and_says_so(tmp_path):
-    assert choose_resume(tmp_path / "none", "auto", ORDER) == (None, ["starting anew: no complete checkpoint"])
-    assert choose_resume(tmp_path / "none", "no", ORDER) == (None, ["starting anew (resume: no)"])
+    assert choose_resume(tmp_path / "none", "auto", ORDER) == (None, ["starting from the base model: no complete checkpoint"])
+    assert choose_resume(tmp_path / "none", "no", ORDER) == (None, ["starting from the base model (resume: no)"])
     unmarked(tmp_path, 4)
     found, lines = choose_resume(tmp_path, "auto", ORDER)
     assert found is None and len(lines) == 2 and lines[0].startswith("skipped: ") and "checkpoint-4" in lines[0]

@@ -247,5 +247,5 @@ def test_other_records_are_refused_and_a_new_directory_starts_anew(tmp_path):
     assert run.wait() == [2]
     assert f"checkpoint-{STEPS}: was made with other records or another order of them" in run.stderr()
     other = complete(recipe, "--output-dir", str(tmp_path / "other"))
-    assert "starting anew" in other.stdout()
+    assert "starting from the base model" in other.stdout()
     assert rows(tmp_path / "other")[0]["loss"] != rows(finished())[0]["loss"]
