@@ -29,7 +29,7 @@ from train.distributed import check_agreement, is_first_process, launch_alone, p
 from train.planning.hardware import Hardware
 from train.planning.memory import checkpoint_bytes, disk_need
 from train.planning.zero_stage import ZeroChoice, choose
-from train.prepare import Batching, PreparedData, packed, prepare
+from train.prepare import Batching, PreparedData, prepare
 from train.publish import after_training, before_training
 from train.publishing.run_metadata import describe_base
 from train.training.arguments import report_backends, training_arguments
@@ -104,7 +104,6 @@ class Setup:
     """What is decided before the model is loaded, the same in every process."""
 
     resolved: Resolved
-    batching: Batching
     data: PreparedData
     choice: ZeroChoice
     resume: RunCheckpoint | None
@@ -122,7 +121,6 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     report_backends(config)
 
     # Records and batch plan.
-    batching = batching or packed(config)
     data = prepare(config, world, batching)
     print_first(data.checked.report, ", ".join(f"{name} {value}" for name, value in data.plan.summary().items()))
 
@@ -146,7 +144,7 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     check_lora(data.lora, start.stage, resume.path if resume else None)
     if start.stage != choice.stage:
         choice = choose(job, hardware, str(start.stage), **options)
-    return Setup(resolved, batching, data, choice, resume, start)
+    return Setup(resolved, data, choice, resume, start)
 
 
 def train(setup: Setup) -> DollyTrainer:
@@ -173,10 +171,10 @@ def train(setup: Setup) -> DollyTrainer:
     # The arguments come before the model: with ZeRO 3 they make from_pretrained shard while it loads.
     arguments = training_arguments(config, data.plan, choice, start)
     convert_together(start)
-    model = load_base(data, choice, start.use_deepspeed, arguments.device, setup.batching)
+    model = load_base(data, choice, start.use_deepspeed, arguments.device)
     callbacks = [MetricsFile(output / "metrics.jsonl", data.plan), Progress(data.plan), StopOnBadLoss(),
                  AfterConversion(start), stopper := SaveOnSignal()]  # fmt: skip
-    passes = PassDataset(data.plan, data.examples, data.tokenizer.control.eos, setup.batching.collate)
+    passes = PassDataset(data.plan, data.examples, data.tokenizer.control.eos, data.batching.collate)
     trainer = DollyTrainer(
         config, passes, checkpoint_bytes(data.job.trained), data.held_out, model=model, args=arguments,
         callbacks=callbacks,

@@ -45,6 +45,7 @@ class PreparedData:
     """What every process of a run computes for itself, with the same result.
 
     Attributes:
+        batching: how records become forward passes.
         base: directory of the base model.
         network: its configuration, with the vocabulary that training gives it.
         tokenizer: with the three keys.
@@ -55,6 +56,7 @@ class PreparedData:
         lora: settings of the adapters, if any are trained.
     """
 
+    batching: Batching
     base: Path
     network: GPTNeoXConfig
     tokenizer: DollyTokenizer
@@ -121,4 +123,4 @@ def prepare(config: TrainConfig, world: int, batching: Batching | None = None) -
     plan = batching.plan(lengths, config.seed, config.epochs, config.global_batch_size, world, batching.size)
     if config.max_steps:
         plan = plan.first_steps(config.max_steps)
-    return PreparedData(base, network, tokenizer, source.sha256, checked, examples, held_out, plan, lora)
+    return PreparedData(batching, base, network, tokenizer, source.sha256, checked, examples, held_out, plan, lora)

@@ -30,7 +30,7 @@ from tests.support.training_runs import (
     rows,
     write_recipe,
 )
-from train import finetune
+from train import finetune, prepare
 from train.bench import padded
 from train.config import build
 from train.finetune import main
@@ -124,7 +124,7 @@ def test_the_same_command_gives_the_same_bits(tmp_path):
 
 
 def pad_batches() -> None:
-    finetune.packed = lambda config: padded(4)
+    prepare.packed = lambda config: padded(4)
 
 
 def test_padded_batches_give_the_same_losses(tmp_path):

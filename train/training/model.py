@@ -12,15 +12,13 @@ from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.errors import DollyError
 from modelscope_dolly.hardware import DTYPES
 from train.planning.zero_stage import ZeroChoice
-from train.prepare import Batching, PreparedData
+from train.prepare import PreparedData
 from train.training.lora import add_adapters, merge
 from train.training.loss import CausalLMLoss
 from train.training.trainer import DollyTrainer
 
 
-def load_base(
-    data: PreparedData, choice: ZeroChoice, use_deepspeed: bool, device: torch.device, batching: Batching
-) -> torch.nn.Module:
+def load_base(data: PreparedData, choice: ZeroChoice, use_deepspeed: bool, device: torch.device) -> torch.nn.Module:
     """The base model under a loss, its vocabulary cut or extended to the tokenizer's, as the public recipe does.
 
     In float32; but DeepSpeed casts a network to its half type before it makes its float32 master weights, so there it
@@ -32,7 +30,7 @@ def load_base(
         str(data.base),
         dtype=DTYPES[choice.dtype] if use_deepspeed or data.lora else torch.float32,
         device_map={"": device} if device.type == "cuda" and choice.stage < 3 else None,
-        attn_implementation=batching.attention,
+        attn_implementation=data.batching.attention,
         output_loading_info=True,
     )
     unloaded = [*report["missing_keys"], *report["mismatched_keys"]]
@@ -45,7 +43,7 @@ def load_base(
         # Renamed in transformers 5; the old name goes in 6.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    model = CausalLMLoss(model, batching.loss)
+    model = CausalLMLoss(model, data.batching.loss)
     return add_adapters(model, data.lora, data.tokenizer) if data.lora else model
 
 

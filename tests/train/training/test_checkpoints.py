@@ -106,7 +106,10 @@ def test_newest_means_the_highest_step_and_other_names_are_left_alone(tmp_path):
 
 
 def test_a_new_run_starts_anew_and_says_so(tmp_path):
-    assert choose_resume(tmp_path / "none", "auto", ORDER) == (None, ["starting from the base model: no complete checkpoint"])
+    assert choose_resume(tmp_path / "none", "auto", ORDER) == (
+        None,
+        ["starting from the base model: no complete checkpoint"],
+    )
     assert choose_resume(tmp_path / "none", "no", ORDER) == (None, ["starting from the base model (resume: no)"])
     unmarked(tmp_path, 4)
     found, lines = choose_resume(tmp_path, "auto", ORDER)
