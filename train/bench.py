@@ -37,7 +37,7 @@ from train.training.report import read_metrics
 MODES = ("padded", "packed")
 PEAK = "peak.json"
 #: Settings that a measurement gives itself.
-_FIXED = {"max_steps": "", "save_every": str(10**9), "eval_every": "0", "report_to": "none", "resume": "no"}
+_FIXED = {"save_every": str(10**9), "eval_every": "0", "report_to": "none", "resume": "no"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,7 +102,8 @@ def run_mode(config: TrainConfig, options: argparse.Namespace, mode: str) -> dic
         command += [word for name, value in settings.items() if value is not None for word in (flag(name), value)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise DollyError(f"the {mode} run ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise DollyError(f"the {mode} run ended with {done.returncode}: {last[0]}")
         steps, _ = read_metrics(run)
         peak = read_json(run / PEAK)["bytes"]
     counted = steps[1:]

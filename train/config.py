@@ -119,7 +119,7 @@ class Resolved:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake on one line, like all other errors, and not after a page of usage.
+    """Tells a mistake in one line, as all others are told, and not after a page of usage.
 
     Flags cannot be abbreviated: a short form could mean one of torchrun's.
     """

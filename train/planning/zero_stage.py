@@ -97,8 +97,7 @@ def choose(
         names = " and ".join(f"{key} {value}" for key, value in requested.items() if value != "auto")
         reason = f"{names} was asked for, but does not fit: {taken.why}"
     if recompute == "auto" and taken.fits:
-        job_storing = replace(job, checkpoint_activations=False)
-        storing = _candidate(job_storing, hardware, dtype, taken.stage, taken.offload)
+        storing = _candidate(replace(job, checkpoint_activations=False), hardware, dtype, taken.stage, taken.offload)
         if storing.fits:
             candidates = tuple(storing if row == taken else row for row in candidates)
             note = f"activations fit without being recomputed: {_figures(storing, hardware)}"
@@ -129,9 +128,8 @@ def _settings(hardware: Hardware, zero_stage: str, offload: str) -> list[tuple[i
     if zero_stage == "auto":
         settings.remove((1, "optimizer"))
         if hardware.gpus > 1 and offload == "auto":
-            settings.remove(
-                (2, "optimizer")
-            )  # stage 3 shares its weights too, and the host's optimizer is the slow part
+            # Stage 3 shares its weights too, and the host's optimizer is the slow part.
+            settings.remove((2, "optimizer"))
     settings = [
         (stage, where) for stage, where in settings if zero_stage in ("auto", str(stage)) and offload in ("auto", where)
     ]
@@ -150,12 +148,18 @@ def _candidate(job: Job, hardware: Hardware, dtype: str, stage: int, offload: st
     gpu, host = held.gpu + max(live, update_bytes(job.trained, stage, ranks, offload, dtype)), held.host
     if hardware.cpu_only:
         gpu, host = 0, gpu
-    why = []
-    if with_spare(gpu) > hardware.gpu_memory and not hardware.cpu_only:
-        why.append(f"needs {gib(with_spare(gpu))} per GPU with spare, {gib(hardware.gpu_memory)} are free")
-    if host and hardware.host_memory is not None and with_spare(host) > hardware.host_memory:
-        why.append(f"needs {gib(with_spare(host))} of host memory with spare, {gib(hardware.host_memory)} are free")
-    return Candidate(stage, offload, gpu, host, not why, "; ".join(why))
+    why = "; ".join(
+        f"needs {gib(need)} {where} with spare, {gib(free)} are free"
+        for need, free, where in _needs(gpu, host, hardware)
+        if free is not None and need > free
+    )
+    return Candidate(stage, offload, gpu, host, not why, why)
+
+
+def _needs(gpu: int, host: int, hardware: Hardware) -> list[tuple[int, int | None, str]]:
+    """(bytes with spare, bytes free, where), without what needs nothing."""
+    both = ((gpu, hardware.gpu_memory, "per GPU"), (host, hardware.host_memory, "of host memory"))
+    return [(with_spare(need), free, where) for need, free, where in both if need]
 
 
 def with_spare(need: int) -> int:
@@ -164,12 +168,9 @@ def with_spare(need: int) -> int:
 
 
 def _figures(row: Candidate, hardware: Hardware) -> str:
-    parts = []
-    if not hardware.cpu_only:
-        parts.append(f"{gib(with_spare(row.gpu))} per GPU with spare, {gib(hardware.gpu_memory)} free")
-    if row.host:
-        parts.append(f"{gib(with_spare(row.host))} of host memory with spare, {gib(hardware.host_memory)} free")
-    return "; ".join(parts).replace("not stated free", "free memory not stated")
+    needs = _needs(row.gpu, row.host, hardware)
+    text = "; ".join(f"{gib(need)} {where} with spare, {gib(free)} free" for need, free, where in needs)
+    return text.replace("not stated free", "free memory not stated")
 
 
 def _reason(taken: Candidate, candidates: Sequence[Candidate], hardware: Hardware) -> str:
