@@ -5,4 +5,4 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed guesses the same, with a warning in every process
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed detects the same, with a warning in every process

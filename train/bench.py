@@ -3,16 +3,15 @@
     python -m train.bench train/recipes/dolly-v2-3b.yaml --steps 10
 
 Each run is a process of its own, with checkpoints and evaluation off. The first step of each is left out of its
-figures: it pays for what is done once. Speed is that of the median step, and counts useful tokens, those of records;
+figures: it includes one-time costs. Speed is that of the median step, and counts useful tokens, those of records;
 padding is not useful. Padded batches recompute activations, as the script of 2023 does; packed ones where the memory
-asks for it. `--checkpoint-activations true` or `false` makes both do the same.
+requires it. `--checkpoint-activations true` or `false` makes both do the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
@@ -20,72 +19,105 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import DollyError
-from train.config import Parser, TrainConfig, add_flags, flag, resolve
+from modelscope_dolly.files import read_json, write_atomically
+from train.config import Resolved, TrainConfig, add_flags, flag, resolve
+from train.data.padded import padded_batch, padded_batch_size, padded_plan
+from train.distributed import world_size
+from train.finetune import exit_code, set_up, train
+from train.planning.hardware import gib
+from train.prepare import Batching
+from train.training.loss import summed_cross_entropy
+from train.training.report import read_metrics
 
 MODES = ("padded", "packed")
+PEAK = "peak.json"
+#: Settings that a measurement gives itself.
+_FIXED = {"save_every": str(10**9), "eval_every": "0", "report_to": "none", "resume": "no"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("train.bench", "Compare with padded batches.")
+    parser = UsageParser(prog="train.bench", description="Compare with padded batches.", allow_abbrev=False)
     add_flags(parser)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each run (default: 10)")
     parser.add_argument("--processes", type=int, default=1, help="processes of each run, by torchrun (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--measure", choices=MODES, help=argparse.SUPPRESS)  # in the processes that this one starts
     try:
-        options = parser.parse(arguments)
+        options = parser.parse_args(arguments)
+        if options.measure:
+            return exit_code("train.bench", lambda: measure(resolve(options), options.measure))
         config = resolve(options).config
         if options.steps < 2:
             raise DollyError(f"--steps is {options.steps}, it must be at least 2: the first is not counted")
-        rows = {mode: measure(config, options, mode) for mode in MODES}
+        results = {mode: run_mode(config, options, mode) for mode in MODES}
     except DollyError as error:
         print(f"train.bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print(json.dumps({"machine": machine(), **rows}, indent=2) if options.json else report(rows, options.steps))
+    if options.json:
+        print(json.dumps({"machine": machine(), **results}, indent=2))
+    else:
+        print(comparison(results, options.steps))
     return 0
 
 
-def measure(config: TrainConfig, options: argparse.Namespace, mode: str) -> dict:
-    """Run the recipe in one mode and read its metrics."""
+def padded(records_per_batch: int) -> Batching:
+    """The 2023 loop: rows padded to their longest record, transformers' own attention, logits of every token."""
+    return Batching(padded_plan, records_per_batch, padded_batch, "sdpa", all_logits_loss)
+
+
+def all_logits_loss(network: Any, inputs: dict[str, Any], labels: torch.Tensor, label_total: int) -> torch.Tensor:
+    """loss.response_loss as in 2023: the head runs on every token, and the loss ignores most of its logits."""
+    logits = network.lm_head(network.gpt_neox(**inputs).last_hidden_state)
+    return summed_cross_entropy(logits.flatten(0, 1), labels.flatten()) / label_total
+
+
+def measure(resolved: Resolved, mode: str) -> None:
+    """Train in this process as far as the metrics: nothing is exported or published."""
+    size = padded_batch_size(resolved.config.global_batch_size, world_size())
+    trainer = train(set_up(resolved, padded(size) if mode == "padded" else None))
+    if trainer.args.process_index == 0:
+        write_atomically(Path(resolved.config.output_dir) / PEAK, json.dumps({"bytes": peak_memory()}) + "\n")
+    trainer.accelerator.end_training()
+
+
+def run_mode(config: TrainConfig, options: argparse.Namespace, mode: str) -> dict:
+    """Run the recipe in one mode, in processes of its own, and read its metrics."""
     with tempfile.TemporaryDirectory(prefix="dolly-bench-") as directory:
         run = Path(directory) / "run"
+        settings = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
+        settings |= {**_FIXED, "output_dir": str(run), "max_steps": str(options.steps)}
+        if mode == "padded" and config.checkpoint_activations == "auto":
+            settings["checkpoint_activations"] = "true"
         command = [sys.executable, "-m"]
         if options.processes > 1:
             command += ["torch.distributed.run", "--nproc-per-node", str(options.processes), "--module"]
-        command += ["train.finetune", str(options.recipe), *_overrides(options)]
-        command += ["--output-dir", str(run), "--batching", mode, "--max-steps", str(options.steps)]
-        if mode == "padded" and config.checkpoint_activations == "auto":
-            command += ["--checkpoint-activations", "true"]
-        command += ["--save-every", str(10**9), "--eval-every", "0", "--report-to", "none", "--resume", "no"]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DOLLY_BENCH": "1"})
+        command += ["train.bench", str(options.recipe), "--measure", mode]
+        command += [word for name, value in settings.items() if value is not None for word in (flag(name), value)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise DollyError(f"the {mode} run ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        peak = json.loads((run / "peak.json").read_text())["bytes"]
-    steps = [row for row in rows if "loss" in row][1:]
-    rates = [row["tokens"] / row["seconds"] for row in steps]
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise DollyError(f"the {mode} run ended with {done.returncode}: {last[0]}")
+        steps, _ = read_metrics(run)
+        peak = read_json(run / PEAK)["bytes"]
+    counted = steps[1:]
+    rates = [step["useful_tokens_per_s"] for step in counted]
     return {
-        "useful_tokens": sum(row["tokens"] for row in steps),
-        "seconds": sum(row["seconds"] for row in steps),
+        "useful_tokens": sum(step["tokens"] for step in counted),
+        "seconds": sum(step["seconds"] for step in counted),
         "useful_tokens_per_s": statistics.median(rates),
         "slowest_and_fastest": [min(rates), max(rates)],
-        "median_step_s": statistics.median(row["seconds"] for row in steps),
+        "median_step_s": statistics.median(step["seconds"] for step in counted),
         "peak_bytes": peak,
-        "losses": [row["loss"] for row in rows if "loss" in row],
+        "losses": [step["loss"] for step in steps],
     }
-
-
-def _overrides(options: argparse.Namespace) -> list[str]:
-    """The settings given as flags, handed on."""
-    mine = {"output_dir", "batching", "max_steps", "save_every", "eval_every", "report_to", "resume"}
-    names = [name for name in TrainConfig.__dataclass_fields__ if name not in mine]
-    given = [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
-    return [part for name, value in given for part in (flag(name), value)]
 
 
 def peak_memory() -> int:
@@ -97,22 +129,23 @@ def peak_memory() -> int:
 
 def machine() -> str:
     """Hardware and versions, for the record."""
-    place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    return f"{place}, torch {torch.__version__}, Python {platform.python_version()}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def report(rows: dict[str, dict], steps: int) -> str:
+def comparison(results: dict[str, dict], steps: int) -> str:
     """The comparison for people."""
     lines = [f"{steps} steps each, the first not counted, medians; {machine()}", ""]
     lines.append(f"{'':<8}{'useful tok/s':>14}{'slowest-fastest':>18}{'step':>9}{'peak memory':>14}{'last loss':>11}")
-    for mode, row in rows.items():
-        spread = "-".join(f"{rate:,.0f}" for rate in row["slowest_and_fastest"])
+    for mode, result in results.items():
+        spread = "-".join(f"{rate:,.0f}" for rate in result["slowest_and_fastest"])
         lines.append(
-            f"{mode:<8}{row['useful_tokens_per_s']:>14,.0f}{spread:>18}"
-            f"{row['median_step_s']:>7.2f} s{row['peak_bytes'] / 2**30:>10.2f} GiB{row['losses'][-1]:>11.4f}"
+            f"{mode:<8}{result['useful_tokens_per_s']:>14,.0f}{spread:>18}"
+            f"{result['median_step_s']:>7.2f} s{gib(result['peak_bytes']):>14}{result['losses'][-1]:>11.4f}"
         )
-    ratio = rows["packed"]["useful_tokens_per_s"] / rows["padded"]["useful_tokens_per_s"]
-    memory = rows["padded"]["peak_bytes"] / rows["packed"]["peak_bytes"]
+    before, now = (results[mode] for mode in MODES)
+    ratio = now["useful_tokens_per_s"] / before["useful_tokens_per_s"]
+    memory = before["peak_bytes"] / now["peak_bytes"]
     lines += ["", f"packed: {ratio:.2f} times the useful tokens per second, 1/{memory:.2f} of the memory"]
     return "\n".join(lines)
 

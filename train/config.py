@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from modelscope_dolly.errors import SettingError, unknown_name
-from train.publishing.publish_settings import PublishSettings
 
 SCHEDULES = ("warmup", "cosine", "linear")
-BATCHING = ("packed", "padded")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 ZERO_STAGES = ("auto", "0", "1", "2", "3")
 OFFLOADS = ("auto", "none", "optimizer", "all")
 SWITCH = ("auto", "true", "false")
+_PACKED = "batches are always packed; python -m train.bench compares them with padded ones: remove this line"
+#: Settings of earlier versions -> what to do about them.
+REMOVED = {"batching": _PACKED, "padded_batch_size": _PACKED}
 
 
 def _option(default: Any, doc: str, choices: Sequence[str] | None = None) -> Any:
@@ -37,24 +37,22 @@ def _option(default: Any, doc: str, choices: Sequence[str] | None = None) -> Any
 class TrainConfig:
     """Settings of a run. The defaults are those of the public dolly-v2 command (databrickslabs/dolly, train_dolly.py).
 
-    `None` as a default of a required field means: must be given.
+    Required settings default to "".
     """
 
     model: str = _option("", "base model: a directory or a hub id (required)")
     model_revision: str = _option("master", "tag or branch of the base model on the hub")
     dataset: str = _option("", "records: a .jsonl, .json or .csv file, ms:OWNER/NAME or hf:OWNER/NAME (required)")
-    columns: dict = _option(None, "our name -> the data set's, for instance {instruction: question, response: answer}")
+    columns: dict = _option(None, "our name -> the column's, for instance {instruction: question, response: answer}")
     output_dir: str = _option("", "directory of the run (required)")
     strict: bool = _option(False, "refuse to train when any record is unusable, instead of dropping it")
     max_length: int = _option(2048, "records of this many tokens or more are dropped, as in the public recipe")
     test_size: int = _option(200, "records held out for evaluation")
     seed: int = _option(42, "of the split, the order of the records, and the adapters")
     epochs: int = _option(2, "passes over the records")
-    max_steps: int = _option(0, "stop after so many optimizer steps, for trials; 0: all")
+    max_steps: int = _option(0, "stop after this many optimizer steps, for trials; 0: all")
     global_batch_size: int = _option(48, "records per optimizer step, over all ranks and accumulation steps")
-    batching: str = _option("packed", "packed: without padding; padded: as in 2023, for comparison", BATCHING)
-    tokens_per_batch: int = _option(2048, "most tokens in one forward pass of one rank (packed)")
-    padded_batch_size: int = _option(6, "records in one forward pass of one rank (padded)")
+    tokens_per_batch: int = _option(2048, "most tokens in one forward pass of one rank")
     learning_rate: float = _option(5e-6, "peak learning rate of AdamW")
     schedule: str = _option("warmup", "warmup: DeepSpeed's WarmupLR, then constant; cosine; linear", SCHEDULES)
     warmup_steps: int = _option(50, "optimizer steps until the peak")
@@ -69,10 +67,12 @@ class TrainConfig:
         "recompute activations in the backward pass (less memory, more time); auto: where they do not fit",
         SWITCH,
     )
-    zero_stage: str = _option("auto", "DeepSpeed ZeRO stage; auto: from the memory that is there", ZERO_STAGES)
+    zero_stage: str = _option("auto", "DeepSpeed ZeRO stage; auto: by the memory that is available", ZERO_STAGES)
     offload: str = _option("auto", "what ZeRO keeps in host memory", OFFLOADS)
     lora: dict = _option(None, "train adapters instead of all weights, for instance {r: 16}")
-    resume: str = _option("auto", "auto: newest complete checkpoint; no: start anew; or a checkpoint directory")
+    resume: str = _option(
+        "auto", "auto: newest complete checkpoint; no: from the base model; or a checkpoint directory"
+    )
     save_every: int = _option(200, "optimizer steps between checkpoints")
     keep_checkpoints: int = _option(2, "older complete checkpoints are removed")
     eval_every: int = _option(50, "optimizer steps between evaluations of the held-out records; 0: never")
@@ -80,34 +80,27 @@ class TrainConfig:
     publish: dict = _option(None, "publish the result, for instance {model_id: me/x, revision: v1.0.0}")
 
     def problems(self) -> list[str]:
-        """All that is wrong with the values, one text each; names the key, the value and what is allowed."""
-        found = []
+        """Everything that is wrong with the values: for each the key, the value and what is allowed."""
+        problems = []
 
-        def must(holds: bool, name: str, allowed: str) -> None:
+        def require(holds: bool, name: str, allowed: str) -> None:
             if not holds:
-                found.append(f"{name} is {getattr(self, name)!r}, it must be {allowed}")
+                problems.append(f"{name} is {getattr(self, name)!r}, it must be {allowed}")
 
         for name in ("model", "dataset", "output_dir"):
             if not getattr(self, name):
-                found.append(f"{name} is missing: set it in the file or with {flag(name)}")
-        for name in ("max_length", "epochs", "global_batch_size", "tokens_per_batch", "padded_batch_size", "save_every",
-                     "keep_checkpoints"):  # fmt: skip
-            must(getattr(self, name) >= 1, name, "at least 1")
+                problems.append(f"{name} is missing: set it in the file or with {flag(name)}")
+        for name in ("max_length", "epochs", "global_batch_size", "tokens_per_batch", "save_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("test_size", "seed", "max_steps", "warmup_steps", "eval_every", "gradient_clip", "weight_decay"):
-            must(getattr(self, name) >= 0, name, "at least 0")
-        must(self.learning_rate > 0, "learning_rate", "above 0")
-        must(self.adam_epsilon > 0, "adam_epsilon", "above 0")
+            require(getattr(self, name) >= 0, name, "at least 0")
+        require(self.learning_rate > 0, "learning_rate", "above 0")
+        require(self.adam_epsilon > 0, "adam_epsilon", "above 0")
         for name in ("adam_beta1", "adam_beta2"):
-            must(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        if self.publish is not None:
-            try:
-                PublishSettings.from_recipe(self.publish)
-            except SettingError as error:
-                found.append(f"publish: {error}")
-        if self.batching == "packed":
-            must(self.tokens_per_batch >= self.max_length - 1, "tokens_per_batch",
-                 f"at least max_length - 1 = {self.max_length - 1}, or the longest records fit nowhere")  # fmt: skip
-        return found
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        require(self.tokens_per_batch >= self.max_length - 1, "tokens_per_batch",
+                f"at least max_length - 1 = {self.max_length - 1}, or the longest records fit nowhere")  # fmt: skip
+        return problems
 
 
 @dataclass(frozen=True)
@@ -124,28 +117,6 @@ class Resolved:
         return "\n".join(f"{name:<{width}}  {values[name]!r}  ({origin})" for name, origin in self.origins.items())
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as all others are told, and not after a page of usage.
-
-    Flags cannot be abbreviated: a short form could mean one of torchrun's.
-    """
-
-    def __init__(self, program: str, description: str):
-        super().__init__(prog=program, description=description, allow_abbrev=False)
-
-    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Raises SettingError for a flag that is unknown, with the nearest known ones, or has no value."""
-        options, unknown = self.parse_known_args(arguments)
-        if unknown:
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            near = difflib.get_close_matches(unknown[0], known, n=5, cutoff=0.0)
-            raise SettingError(unknown_name("argument", unknown[0], near))
-        return options
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingError(f"{message}; --help lists all settings")
-
-
 def flag(name: str) -> str:
     """`output_dir` -> `--output-dir`."""
     return "--" + name.replace("_", "-")
@@ -156,7 +127,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="YAML file, for instance train/recipes/dolly-v2-3b.yaml")
     group = parser.add_argument_group("settings (each overrides the key of the same name in the file)")
     for key in dataclasses.fields(TrainConfig):
-        # No abbreviations and no types here: text is parsed as YAML, as in the file, so that both say the same errors.
+        # No types here: text is parsed as YAML, as in the file, so that both give the same errors.
         group.add_argument(flag(key.name), metavar="VALUE", help=f"{key.metadata['doc']} (default: {key.default!r})")
 
 
@@ -179,21 +150,23 @@ def resolve(options: argparse.Namespace) -> Resolved:
 def build(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Resolved:
     """Check types and ranges of `values` on top of the defaults. Raises SettingError."""
     keys = {key.name: key for key in dataclasses.fields(TrainConfig)}
-    found, typed = [], {}
+    problems, typed = [], {}
     for name, value in values.items():
-        if name not in keys:
-            found.append(unknown_name("setting", name, difflib.get_close_matches(name, keys, n=5, cutoff=0.0)))
-            continue
-        try:
-            typed[name] = _typed(keys[name], value)
-        except ValueError as error:
-            found.append(f"{name} is {value!r}, {error}")
+        if name in REMOVED:
+            problems.append(f"{name} is no longer a setting: {REMOVED[name]}")
+        elif name not in keys:
+            problems.append(unknown_name("setting", name, difflib.get_close_matches(name, keys, n=5, cutoff=0.0)))
+        else:
+            try:
+                typed[name] = _typed(keys[name], value)
+            except ValueError as error:
+                problems.append(f"{name} is {value!r}, {error}")
     config = TrainConfig(**typed)
-    found += config.problems()
-    if found:
-        raise SettingError("; ".join(found))
-    where = origins or {}
-    return Resolved(config, {name: where.get(name, "given" if name in typed else "default") for name in keys})
+    problems += config.problems()
+    if problems:
+        raise SettingError("; ".join(problems))
+    origins = origins or {}
+    return Resolved(config, {name: origins.get(name, "given" if name in typed else "default") for name in keys})
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -218,26 +191,23 @@ def _parse(name: str, text: str) -> Any:
 
 def _typed(key: dataclasses.Field, value: Any) -> Any:
     """`value` in the type of the key's default; ValueError says what was expected."""
-    wanted, choices = str(key.type), key.metadata["choices"]
-    if wanted == "bool":
-        if not isinstance(value, bool):
-            raise ValueError("it must be true or false")
-        return value
-    if wanted == "int":
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError("it must be a whole number")
-        return value
-    if wanted == "float":
+    expected, choices = str(key.type), key.metadata["choices"]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if expected == "bool" and not isinstance(value, bool):
+        raise ValueError("it must be true or false")
+    if expected == "int" and not (is_number and isinstance(value, int)):
+        raise ValueError("it must be a whole number")
+    if expected == "dict" and not (value is None or isinstance(value, dict)):
+        raise ValueError("it must be {key: value, ...}")
+    if expected == "float":
         try:  # YAML 1.1 reads 5e-6 as text
-            number = float(value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
+            number = float(value) if is_number or isinstance(value, str) else math.nan
+        except (ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise ValueError("it must be a number")
         return number
-    if wanted == "dict":
-        if value is not None and not isinstance(value, dict):
-            raise ValueError("it must be {key: value, ...}")
+    if expected != "str":
         return value
     text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
     if choices == SWITCH and isinstance(value, bool):

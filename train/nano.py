@@ -2,8 +2,8 @@
 
     python -m train.nano runs/nano-base
 
-recipes/nano.yaml trains it on the same records until it knows them by heart, in about a minute on a CPU. That shows the
-whole way from records to `pipeline()` on any machine, and gives tests a real model.
+recipes/nano.yaml trains it on the same records until it has memorised them, in about a minute on a CPU. That shows all
+steps from records to `pipeline()` on any machine, and gives tests a real model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _training_text(record: dict) -> str:
 
 
 def build_model(vocabulary: int) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX of 4 layers, 2.4 million weights, as random as the seed says."""
+    """A GPT-NeoX of 4 layers and 2.4 million weights, random from a fixed seed."""
     torch.manual_seed(SEED)
     config = GPTNeoXConfig(
         vocab_size=vocabulary,

@@ -1,36 +1,40 @@
-"""What a run will do and what it takes, before anything is trained.
+"""What a run will do and what it needs, before anything is trained.
 
-    python -m train.plan train/recipes/dolly-v2-3b.yaml                      on the hardware that is here
-    python -m train.plan train/recipes/dolly-v2-12b.yaml --gpus 8xA100-80G   on hardware that is not
+    python -m train.plan train/recipes/dolly-v2-3b.yaml                      on this machine
+    python -m train.plan train/recipes/dolly-v2-12b.yaml --gpus 8xA100-80G   on hardware described by text
 
 Of the base model only config.json and the tokenizer are read; of the records, all.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
-from pathlib import Path
 
-from modelscope_dolly.errors import DollyError, HardwareError
-from train.config import Parser, Resolved, add_flags, resolve
+from modelscope_dolly.cli.parser import UsageParser
+from modelscope_dolly.errors import DollyError
+from modelscope_dolly.files import gigabytes
+from train.config import Resolved, add_flags, resolve
+from train.data.padded import padded_batch_size, padded_plan
+from train.planning.hardware import Hardware
 from train.planning.memory import checkpoint_bytes, disk_need, final_bytes
-from train.planning.zero_stage import Choice, Hardware, check_disk, choose, table
-from train.prepare import Prepared, make_plan, prepare
+from train.planning.zero_stage import ZeroChoice, choose, table
+from train.prepare import PreparedData, prepare
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("train.plan", "Plan a fine-tuning run.")
+    parser = UsageParser(prog="train.plan", description="Plan a fine-tuning run.", allow_abbrev=False)
     add_flags(parser)
-    parser.add_argument(
-        "--gpus", metavar="HARDWARE", help="hardware that is not here, for instance 8xA100-80G,host=512G"
-    )
+    parser.add_argument("--gpus", metavar="HARDWARE", help="plan for other hardware, for instance 8xA100-80G,host=512G")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     try:
-        options = parser.parse(arguments)
+        options = parser.parse_args(arguments)
         resolved = resolve(options)
-        print(json.dumps(figures(resolved, options.gpus), indent=2) if options.json else report(resolved, options.gpus))
+        print(
+            json.dumps(figures(resolved, options.gpus), indent=2)
+            if options.json
+            else description(resolved, options.gpus)
+        )
     except DollyError as error:
         print(f"train.plan: {error}", file=sys.stderr)
         return 2
@@ -39,23 +43,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _look(resolved: Resolved, gpus: str | None) -> tuple[Prepared, Choice]:
+def prepare_and_choose(resolved: Resolved, gpus: str | None) -> tuple[PreparedData, ZeroChoice]:
     config = resolved.config
-    hardware = Hardware.parse(gpus) if gpus else Hardware.here(Path(config.output_dir))
-    world = max(1, hardware.gpus)
-    made = prepare(config, world)
-    wishes = (config.zero_stage, config.offload, config.dtype, config.checkpoint_activations)
-    choice = choose(made.job, hardware, *wishes)
-    return made, choice
+    hardware = Hardware.parse(gpus) if gpus else Hardware.here(config.output_dir)
+    data = prepare(config, max(1, hardware.gpus))
+    options = (config.zero_stage, config.offload, config.dtype, config.checkpoint_activations)
+    return data, choose(data.job, hardware, *options)
 
 
 def figures(resolved: Resolved, gpus: str | None = None) -> dict:
     """All of it as a JSON-ready dictionary; `padded_tokens` is what the 2023 batches would process."""
-    made, choice = _look(resolved, gpus)
-    job = made.job
+    data, choice = prepare_and_choose(resolved, gpus)
     return {
-        **made.summary(),
-        "padded_tokens": _padded_tokens(resolved, made),
+        **data.summary(),
+        "padded_tokens": _padded_tokens(resolved, data),
         "hardware": str(choice.hardware),
         "zero_stage": choice.stage,
         "offload": choice.offload,
@@ -65,51 +66,52 @@ def figures(resolved: Resolved, gpus: str | None = None) -> dict:
         "reason": choice.reason,
         "gpu_bytes": choice.taken.gpu,
         "host_bytes": choice.taken.host,
-        "checkpoint_bytes": checkpoint_bytes(job.trained),
-        "final_bytes": final_bytes(job.parameters, choice.dtype),
+        "checkpoint_bytes": checkpoint_bytes(data.job.trained),
+        "final_bytes": final_bytes(data.job.parameters, choice.dtype),
     }
 
 
-def report(resolved: Resolved, gpus: str | None = None) -> str:
+def description(resolved: Resolved, gpus: str | None = None) -> str:
     """The same for people."""
     config = resolved.config
-    made, choice = _look(resolved, gpus)
-    plan = made.plan
-    summary = made.summary()
-    padded = _padded_tokens(resolved, made)
-    try:
-        need = disk_need(made.job, len(plan.steps), config.save_every, config.keep_checkpoints, choice.dtype)
-        disk = check_disk(need, choice.hardware, config.keep_checkpoints)
-    except HardwareError as error:
-        disk = f"NOT enough: {error}"
+    data, choice = prepare_and_choose(resolved, gpus)
+    plan, padded = data.plan, _padded_tokens(resolved, data)
     lines = [
         resolved.table(),
         "",
-        str(made.checked.report),
+        str(data.checked.report),
         "",
         f"{len(plan.steps)} steps of {config.global_batch_size} records on {plan.world} process(es), "
-        f"{plan.accumulation} pass(es) each; largest pass {plan.largest[0]} tokens",
-        f"{plan.processed:,} tokens are processed, {100 * summary['useful_share']:.1f} % of them useful "
-        f"({100 * summary['useful_share_with_waiting']:.1f} % counting ranks that wait); padded as in 2023 it would be "
+        f"{plan.accumulation} pass(es) each; largest pass {plan.largest.tokens} tokens",
+        f"{plan.processed:,} tokens are processed, {100 * plan.tokens / plan.processed:.1f} % of them useful "
+        f"({100 * plan.tokens / plan.waited:.1f} % counting ranks that wait); padded as in 2023 it would be "
         f"{padded:,}, {padded / plan.processed:.2f} times as many",
-        f"plan {plan.hash[:16]}, records {made.data_sha256[:16]}",
+        f"plan {plan.hash[:16]}, records {data.sha256[:16]}",
         "",
         table(choice),
-        f"disk: {disk}",
+        f"disk: {_disk(resolved, data, choice)}",
     ]
     return "\n".join(lines)
 
 
-def _padded_tokens(resolved: Resolved, made: Prepared) -> int:
-    """Tokens that batches of padded_batch_size records, padded to their longest, would process in one process."""
-    config = dataclasses.replace(resolved.config, batching="padded", padded_batch_size=_divisor(resolved.config))
-    return make_plan(config, [len(ids) for ids, _ in made.examples], 1).processed
+def _disk(resolved: Resolved, data: PreparedData, choice: ZeroChoice) -> str:
+    """What the run will have on disk, against what is free."""
+    config, free = resolved.config, choice.hardware.disk
+    need = disk_need(data.job, len(data.plan.steps), config.save_every, config.keep_checkpoints, choice.dtype)
+    text = (
+        f"up to {gigabytes(need)} ({config.keep_checkpoints} checkpoints kept, one being written, the final model); "
+        f"free: {'not stated' if free is None else gigabytes(free)}"
+    )
+    too_small = free is not None and need > free
+    return f"NOT enough: {text}; lower keep_checkpoints or change output_dir" if too_small else text
 
 
-def _divisor(config) -> int:
-    """padded_batch_size, or the largest smaller number that divides the global batch."""
-    sizes = range(1, min(config.padded_batch_size, config.global_batch_size) + 1)
-    return max(size for size in sizes if config.global_batch_size % size == 0)
+def _padded_tokens(resolved: Resolved, data: PreparedData) -> int:
+    """Tokens that batches of 6 records, padded to their longest, would process in one process."""
+    config, lengths = resolved.config, [len(ids) for ids, _ in data.examples]
+    size = padded_batch_size(config.global_batch_size, 1)
+    plan = padded_plan(lengths, config.seed, config.epochs, config.global_batch_size, 1, size)
+    return (plan.first_steps(config.max_steps) if config.max_steps else plan).processed
 
 
 if __name__ == "__main__":

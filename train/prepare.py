@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from transformers import GPTNeoXConfig
 
 from modelscope_dolly.checkpoint.config import read_config
@@ -14,65 +16,95 @@ from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.prompt import DollyTokenizer
 from train.config import TrainConfig
-from train.data.batch_plan import Plan, packed_plan, padded_plan
-from train.data.records import Checked, check_records, split
+from train.data.batch_plan import BatchPlan, packed_plan
+from train.data.collate import Example, packed_batch
 from train.data.sources import read_records
+from train.data.validate import CheckedRecords, check_records, split
 from train.planning.memory import Job
+from train.publishing.publish_settings import PublishSettings
+from train.training import packed_attention
 from train.training.lora import Lora, read_lora
-from train.training.loss import Example, label_count
+from train.training.loss import response_loss
+
+
+class Batching(NamedTuple):
+    """How records become forward passes, and passes a loss. Training packs; train.bench also measures padding."""
+
+    plan: Callable[..., BatchPlan]  # (lengths, seed, epochs, global_batch_size, world, size)
+    size: int  # of one forward pass: tokens of a packed one, records of a padded one
+    collate: Callable[..., dict]  # (records of a pass, filler) -> its tensors
+    attention: str  # transformers' name of the attention that they need
+    loss: Callable[..., torch.Tensor]  # (network, inputs, labels, label_total)
+
+
+def packed(config: TrainConfig) -> Batching:
+    """Whole records laid end to end, without padding."""
+    return Batching(packed_plan, config.tokens_per_batch, packed_batch, packed_attention.NAME, response_loss)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What every process of a run makes for itself, and makes alike.
+class PreparedData:
+    """What every process of a run computes for itself, with the same result.
 
     Attributes:
+        batching: how records become forward passes.
         base: directory of the base model.
         network: its configuration, with the vocabulary that training gives it.
         tokenizer: with the three keys.
-        data_sha256: of the records as they were read.
+        sha256: of the records as they were read.
         checked: the usable records and the report on all of them.
         examples, held_out: for training and for evaluation.
         plan: for this number of processes.
         lora: settings of the adapters, if any are trained.
     """
 
+    batching: Batching
     base: Path
     network: GPTNeoXConfig
     tokenizer: DollyTokenizer
-    data_sha256: str
-    checked: Checked
+    sha256: str
+    checked: CheckedRecords
     examples: list[Example]
     held_out: list[Example]
-    plan: Plan
+    plan: BatchPlan
     lora: Lora | None
 
     @property
     def job(self) -> Job:
-        """What the memory arithmetic wants to know."""
-        return Job(self.network, self.plan.largest[0], lora_rank=self.lora.r if self.lora else 0)
+        """The input of the memory arithmetic."""
+        return Job(self.network, self.plan.largest.tokens, lora_rank=self.lora.r if self.lora else 0)
 
     def summary(self) -> dict:
         """Figures for people, for `train.plan --json`, and for run.json."""
-        report = self.checked.report.as_dict()
+        report = self.checked.report
         return {
-            "records": len(self.checked.ids) + sum(self.checked.report.dropped.values()),
-            "records_kept": len(self.checked.ids),
+            "records": report.rows,
+            "records_kept": report.kept,
             "records_held_out": len(self.held_out),
-            "tokens": sum(len(ids) for ids in self.checked.ids),
-            "label_tokens": label_count(list(zip(self.checked.ids, self.checked.prompt_lengths, strict=True))),
+            "tokens": report.tokens_kept,
+            "label_tokens": report.label_tokens_kept,
             **{name: value for name, value in self.plan.summary().items() if name != "tokens"},
             "tokens_of_all_steps": self.plan.tokens,
-            "report": report,
+            "report": report.as_dict(),
         }
 
 
-def prepare(config: TrainConfig, world: int) -> Prepared:
+def prepare(config: TrainConfig, world: int, batching: Batching | None = None) -> PreparedData:
     """Read, check, split and plan.
+
+    Args:
+        config: of the run.
+        world: number of processes.
+        batching: default: packed.
 
     Raises:
         DollyError: of the kind that fits; nothing has been written.
     """
+    if config.publish is not None:
+        try:
+            PublishSettings.from_recipe(config.publish)
+        except SettingError as error:
+            raise SettingError(f"publish: {error}") from None
     lora = read_lora(config.lora)
     base = locate(config.model, config.model_revision)
     network = read_config(base)
@@ -84,17 +116,13 @@ def prepare(config: TrainConfig, world: int) -> Prepared:
         )
     source = read_records(config.dataset, config.columns)
     checked = check_records(source, tokenizer, config.max_length, config.strict)
-    train_part, test_part = split(len(checked.ids), config.test_size, config.seed)
     examples, held_out = (
-        [(checked.ids[i], checked.prompt_lengths[i]) for i in part] for part in (train_part, test_part)
+        [(checked.ids[i], checked.prompt_lengths[i]) for i in part]
+        for part in split(len(checked.ids), config.test_size, config.seed)
     )
-    plan = make_plan(config, [len(ids) for ids, _ in examples], world)
-    return Prepared(base, network, tokenizer, source.sha256, checked, examples, held_out, plan, lora)
-
-
-def make_plan(config: TrainConfig, lengths: Sequence[int], world: int) -> Plan:
-    """The batch plan these settings ask for."""
-    shared = (lengths, config.seed, config.epochs, config.global_batch_size, world)
-    padded = config.batching == "padded"
-    plan = padded_plan(*shared, config.padded_batch_size) if padded else packed_plan(*shared, config.tokens_per_batch)
-    return plan.shortened(config.max_steps, lengths, padded) if config.max_steps else plan
+    batching = batching or packed(config)
+    lengths = [len(ids) for ids, _ in examples]
+    plan = batching.plan(lengths, config.seed, config.epochs, config.global_batch_size, world, batching.size)
+    if config.max_steps:
+        plan = plan.first_steps(config.max_steps)
+    return PreparedData(batching, base, network, tokenizer, source.sha256, checked, examples, held_out, plan, lora)

@@ -13,8 +13,8 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
+from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import CheckpointError, DollyError, PublishError, one_line
-from train.config import Parser
 from train.publishing.hub import BRANCH, Hub
 from train.publishing.publish_settings import VISIBILITIES, PublishSettings
 from train.publishing.remote_files import Files, RevisionDifference, compare
@@ -28,7 +28,7 @@ _NAMES_SHOWN = 10
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 published; 1 the hub or the network did not allow it; 2 a mistake in the command or the files."""
     try:
-        options = build_parser().parse(arguments)
+        options = build_parser().parse_args(arguments)
         values = {field.name: getattr(options, field.name) for field in fields(PublishSettings)}
         settings = PublishSettings.from_recipe(values)
         hub = Hub(settings, options.token, options.endpoint, say, options.workers)
@@ -45,9 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> Parser:
+def build_parser() -> UsageParser:
     """The command line."""
-    parser = Parser("train.publish", "Publish a checkpoint as a revision on a ModelScope hub.")
+    parser = UsageParser(
+        prog="train.publish", description="Publish a checkpoint as a revision on a ModelScope hub.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("directory", type=Path, help="a checkpoint: the final/ of a run, or any directory that dolly check finds sound")
     add("--model-id", required=True, metavar="OWNER/NAME", help="the repository; created if there is none")

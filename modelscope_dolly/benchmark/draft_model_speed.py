@@ -2,7 +2,8 @@
 
 The acceptance rate is a matter of the two models and of the text; random weights say nothing about it. So the question
 is turned round: from which rate on is it faster than plain decoding? Leviathan et al. 2023 (arXiv:2211.17192, equation
-1): a step that verifies k draft tokens, each accepted with probability a, gives (1 - a^(k+1)) / (1 - a) tokens on average.
+1): a step that verifies k draft tokens, each accepted with probability a, gives (1 - a^(k+1)) / (1 - a) tokens on
+average.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RATES = (0.7, 0.9)
 
 
 def measure(run: BenchRun) -> None:
-    """`draft`: a row for each format and number of draft tokens. Seconds; `pays_from` is a rate, None: it never does."""
+    """`draft`: a row for each format and number of draft tokens, in seconds; `pays_from` is a rate, None: never."""
     settings = run.settings
     place = Path(settings.draft)
     if not place.is_dir():
@@ -57,7 +58,7 @@ def expected_tokens(rate: float, count: int) -> float:
 
 
 def break_even(count: int, cost: float) -> float | None:
-    """The rate at which `count` draft tokens give as many tokens as plain decoding in the same time, `cost` plain steps."""
+    """The rate at which `count` draft tokens are as fast as plain decoding, where they cost `cost` plain steps."""
     if expected_tokens(1, count) < cost:
         return None
     low, high = 0.0, 1.0

@@ -11,7 +11,10 @@ from modelscope_dolly.errors import SettingError, unknown_name
 
 
 class UsageParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises SettingError for a usage error, and names the most similar options."""
+    """An ArgumentParser that raises SettingError for a usage error, and names the most similar options.
+
+    The commands of train/ pass allow_abbrev=False: a short form could mean a flag of torchrun.
+    """
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse's, except that an unknown argument is an error of the subcommand it was given to."""

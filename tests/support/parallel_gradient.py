@@ -15,10 +15,10 @@ from deepspeed.utils import safe_get_full_grad
 
 from tests.support.models import random_model
 from train.data.batch_plan import packed_plan
+from train.data.collate import PassDataset, label_count, packed_batch
 from train.nano import build_tokenizer, read_records
 from train.training import packed_attention as attention
-from train.training.loss import label_count, packed_batch
-from train.training.trainer import LossOf, PlannedPasses
+from train.training.loss import CausalLMLoss
 
 __compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling that gloo does without
 WORLD, RECORDS = 2, 16
@@ -33,7 +33,7 @@ def examples() -> list:
 def network() -> torch.nn.Module:
     model = random_model(initializer_range=0.05)
     model.config._attn_implementation = attention.NAME
-    return LossOf(model)
+    return CausalLMLoss(model)
 
 
 def alone(passes: list) -> tuple[float, dict[str, torch.Tensor]]:
@@ -55,7 +55,7 @@ def main(target: str) -> None:
     lengths = [len(ids) for ids, _ in passes]
     plan = packed_plan(lengths, 1, 1, RECORDS, WORLD, tokens_per_batch=max(sum(lengths) // 3, max(lengths)))
     assert plan.accumulation == 2 and len(plan.steps) == 1, plan.summary()
-    items = PlannedPasses(plan, passes, 0, padded=False)
+    items = PassDataset(plan, passes, 0)
     found = {}
     for stage in (1, 2, 3):
         model = network()
@@ -68,11 +68,11 @@ def main(target: str) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         mine = torch.zeros(())
-        for turn in range(plan.accumulation):
-            part = engine(**items[turn * WORLD + rank]).loss
+        for micro_step in range(plan.accumulation):
+            part = engine(**items[micro_step * WORLD + rank]).loss
             mine += part.detach()
             engine.backward(part * WORLD, scale_wrt_gas=False)
-            if turn + 1 < plan.accumulation:
+            if micro_step + 1 < plan.accumulation:
                 engine.step()
         torch.distributed.all_reduce(mine)
         squares = torch.zeros(2, dtype=torch.float64)

@@ -162,19 +162,19 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], folder: Path, 
 
 def pause_at(step: int) -> None:
     """Keep the last rank, and so all, from getting further than this step before a signal has come."""
-    from train.training.trainer import Metrics
+    from train.training.callbacks import MetricsFile
 
     arrived, tell = socket.socketpair()
     tell.setblocking(False)
     signal.set_wakeup_fd(tell.detach())
-    log = Metrics.on_log
+    log = MetricsFile.on_log
 
     def on_log(self, args, state, control, logs=None, **keywords):
         log(self, args, state, control, logs, **keywords)
         if state.global_step == step and "loss" in logs and args.process_index == args.world_size - 1:
             arrived.recv(1)
 
-    Metrics.on_log = on_log
+    MetricsFile.on_log = on_log
 
 
 def complete(recipe: Path, *flags: str, world: int = 1, before: Callable[[], None] | None = None) -> Processes:

@@ -37,7 +37,7 @@ def test_both_runs_learn_the_same_from_the_same_records(recipe, capsys, tmp_path
         assert slowest <= row["useful_tokens"] / row["seconds"] <= fastest
         assert row["peak_bytes"] > 10**8
     assert "torch" in found["machine"] and not (tmp_path / "run").exists()
-    text = bench.report({mode: found[mode] for mode in bench.MODES}, 3)
+    text = bench.comparison({mode: found[mode] for mode in bench.MODES}, 3)
     assert "times the useful tokens per second" in text
 
 

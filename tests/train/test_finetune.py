@@ -30,10 +30,12 @@ from tests.support.training_runs import (
     rows,
     write_recipe,
 )
-from train import finetune
+from train import finetune, prepare
+from train.bench import padded
 from train.config import build
 from train.finetune import main
 from train.training.checkpoints import RunCheckpoint, writing
+from train.training.run_json import changed_settings
 
 
 def close(run: Path, to: Path, tolerance: float) -> None:
@@ -110,7 +112,7 @@ def test_without_a_terminal_there_is_text_and_no_progress_bar():
     says = (folder / "stdout").read_text()
     assert "learning_rate           0.001  (" in says and "weight_decay            0.0  (default)" in says
     assert f"{RECORDS} records, {RECORDS} kept" in says and f"steps {STEPS}, world 1" in says
-    assert "starting anew" in says and f"wrote {folder / 'run' / 'final'}" in says
+    assert "starting from the base model" in says and f"wrote {folder / 'run' / 'final'}" in says
     assert "Traceback" not in (folder / "stderr").read_text()
 
 
@@ -121,8 +123,13 @@ def test_the_same_command_gives_the_same_bits(tmp_path):
     assert len(ours) > 20 and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def pad_batches() -> None:
+    prepare.packed = lambda config: padded(4)
+
+
 def test_padded_batches_give_the_same_losses(tmp_path):
-    complete(write_recipe(tmp_path, batching="padded", padded_batch_size=4))
+    run = complete(write_recipe(tmp_path), before=pad_batches)
+    assert "useful_share 1.0," in (finished().parent / "stdout").read_text() and "useful_share 0." in run.stdout()
     close(tmp_path / "run", finished(), 1e-5)
     same_weights(tmp_path / "run", finished())
 
@@ -311,5 +318,5 @@ def test_settings_that_changed_since_the_last_start_are_told(tmp_path):
     path.write_text(json.dumps({"starts": [{"settings": {"learning_rate": 7.0}}, {"settings": asdict(before)}]}))
     resume = RunCheckpoint(tmp_path, 2, 1, "", "")
     expected = ["changed since the last start: learning_rate was 0.001, is 0.0001"]
-    assert finetune.changed_settings(path, now, resume) == expected
-    assert finetune.changed_settings(path, before, resume) == finetune.changed_settings(path, now, None) == []
+    assert changed_settings(path, now, resume) == expected
+    assert changed_settings(path, before, resume) == changed_settings(path, now, None) == []

@@ -11,6 +11,7 @@ from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.files import file_sha256
 from train import plan
+from train.bench import padded
 from train.config import build
 from train.nano import RECORDS, build_model, build_tokenizer, read_records
 from train.prepare import prepare
@@ -113,9 +114,9 @@ def test_the_data_hash_depends_on_the_records_alone(settings, tmp_path):
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(RECORDS.read_bytes())
     one, two = (prepare(build({**settings, "dataset": str(path)}).config, 1) for path in (RECORDS, copy))
-    assert one.data_sha256 == two.data_sha256 and file_sha256(copy) == file_sha256(RECORDS)
+    assert one.sha256 == two.sha256 and file_sha256(copy) == file_sha256(RECORDS)
     copy.write_bytes(RECORDS.read_bytes().replace(b"fission", b"fishing"))
-    assert prepare(build({**settings, "dataset": str(copy)}).config, 1).data_sha256 != one.data_sha256
+    assert prepare(build({**settings, "dataset": str(copy)}).config, 1).sha256 != one.sha256
 
 
 def test_max_steps_cuts_the_plan(settings):
@@ -124,5 +125,33 @@ def test_max_steps_cuts_the_plan(settings):
 
 
 def test_padded_needs_a_global_batch_that_divides(settings):
-    with pytest.raises(SettingError, match="multiple of 1 ranks x padded_batch_size 6"):
-        prepare(build({**settings, "batching": "padded"}).config, 1)
+    with pytest.raises(SettingError, match="multiple of 1 ranks x padded batches of 6"):
+        prepare(build(settings).config, 1, padded(6))
+
+
+@pytest.mark.parametrize(
+    ("publish", "says"),
+    [
+        ({"model_id": "me/x"}, "publish has no revision"),
+        ({"model_id": "me", "revision": "v1.0.0"}, "model_id is 'me', it must be OWNER/NAME"),
+        ({"model_id": "me/x", "revision": "master"}, "revision is 'master', it must be a tag"),
+        ({"model_id": "me/x", "revision": 1.0}, "revision is 1.0, it must be a tag"),
+        ({"model_id": "me/x", "revision": "v1", "visibilty": "public"}, "Did you mean 'visibility'"),
+        ({"model_id": "me/x", "revision": "v1", "visibility": "open"}, "it must be private or public"),
+        ({"model_id": "me/x", "revision": "v1", "token": "x"}, "set MODELSCOPE_API_TOKEN"),
+    ],
+)
+def test_a_bad_destination_is_named_before_anything_is_read(settings, publish, says):
+    with pytest.raises(SettingError) as caught:
+        prepare(build({**settings, "publish": publish, "dataset": "missing.jsonl"}).config, 1)
+    assert str(caught.value).startswith("publish: ") and says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_disk_is_reported_against_what_is_free(capsys, tmp_path, settings):
+    for disk, verdict in (
+        (",disk=9T", "disk: up to 0."),
+        ("", "free: not stated"),
+        (",disk=0G", "disk: NOT enough: up"),
+    ):
+        code, out, _ = run(capsys, tmp_path, settings, "--gpus", f"4xA10-24G{disk}")
+        assert code == 0 and verdict in out.splitlines()[-1] and "2 checkpoints kept" in out.splitlines()[-1]

@@ -1,1 +1,1 @@
-"""Records on their way to batches."""
+"""The way of a record into a batch: sources, formats, validate, batch_plan, collate."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Two machines of eight GPUs under Slurm: sbatch train/multinode/slurm.sh train/recipes/dolly-v2-12b.yaml [--flags ...]
-# The checkout, .venv and output_dir must lie on a file system that all machines share.
-# Slurm sends SIGTERM 120 s before the time is up; the run saves a checkpoint, and the same command goes on from it.
+# The checkout, .venv and output_dir must be on a file system that all machines share.
+# Slurm sends SIGTERM 120 s before the time is up; the run saves a checkpoint, and the same command resumes from it.
 #SBATCH --job-name=dolly
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

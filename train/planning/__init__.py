@@ -1,1 +1,1 @@
-"""What a run takes, before it starts."""
+"""What a run needs, before it starts: memory, hardware, the ZeRO stage that fits."""

@@ -1,4 +1,4 @@
-"""What training takes, by arithmetic: memory of states and activations, and bytes on disk. Nothing is loaded.
+"""What training needs, by arithmetic: memory of model states and activations, and bytes on disk. Nothing is loaded.
 
 Symbols: P weights of the model, N ranks that share them, E hidden size, I width of the MLP, L layers, V vocabulary,
 T tokens in one forward pass of one rank.
@@ -81,14 +81,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class States:
+class ModelStates:
     """Bytes of weights, gradients and optimizer states: on each GPU, and in the memory of the host for all ranks."""
 
     gpu: int
     host: int
 
 
-def states(
+def model_states(
     parameters: int,
     stage: int,
     world: int,
@@ -96,7 +96,7 @@ def states(
     dtype: str = "bf16",
     adapters: int = 0,
     largest: int = 0,
-) -> States:
+) -> ModelStates:
     """Model states of mixed-precision Adam under ZeRO (arXiv:1910.02054, section 3.1 and figure 1).
 
     16 bytes per trained weight in bf16 or fp16: weight 2, gradient 2, and float32 master copy 4, first moment 4, second
@@ -127,13 +127,13 @@ def states(
     gathered = 2 * width * largest if stage >= 3 else 0
     host = (2 * FLOAT32 + MOMENTS) * trained
     if offload == "none":
-        return States(math.ceil(weights + gradients + optimizer + gathered), 0)
+        return ModelStates(math.ceil(weights + gradients + optimizer + gathered), 0)
     if offload == "optimizer":
-        return States(math.ceil(weights + gradients + gathered), host)
-    return States(gathered, host + width * (trained + frozen))
+        return ModelStates(math.ceil(weights + gradients + gathered), host)
+    return ModelStates(gathered, host + width * (trained + frozen))
 
 
-def update(trained: int, stage: int, world: int, offload: str = "none", dtype: str = "bf16") -> int:
+def update_bytes(trained: int, stage: int, world: int, offload: str = "none", dtype: str = "bf16") -> int:
     """Bytes on a GPU that live only while the optimizer runs: its gradients in float32.
 
     DeepSpeed converts the whole share of a rank at once (documentation, "Memory Requirements", note about gradients),

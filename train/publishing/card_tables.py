@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from train.data.records import DROPPED
+from train.data.validate import DROPPED
 from train.publishing.card_markdown import Rows, Translate, code, hex_digest, number, setting
 from train.publishing.run_metadata import RunMetadata
 
@@ -61,7 +61,8 @@ def training_rows(tr: Translate, metadata: RunMetadata) -> Rows:
 
 
 def setting_rows(metadata: RunMetadata) -> Rows:
-    size = "tokens_per_batch" if metadata.get("settings", "batching") == "packed" else "padded_batch_size"
+    # Runs of earlier versions could pad.
+    size = "padded_batch_size" if metadata.get("settings", "batching") == "padded" else "tokens_per_batch"
     limited = ["max_steps"] if metadata.get("settings", "max_steps") else []  # 0 means: all
     paths = [("settings", name) for name in (*HYPERPARAMETERS, *limited, size)]
     paths += [*(("chosen", name) for name in CHOSEN), *(("settings", "lora", name) for name in ADAPTER)]

@@ -1,8 +1,8 @@
-"""Checkpoints of a run that are complete or do not count.
+"""Crash-safe checkpoints of a run: which are complete, which one to resume from, which to remove.
 
 A checkpoint is a directory `checkpoint-STEP`. The file `complete.json` is written into it last, by one process after
-all have saved, and lists every file with its size; without a matching one the directory is not a checkpoint. Older ones
-are removed only after that.
+all have saved, and lists every file with its size; a directory without a matching one is ignored. Older ones are
+removed only after that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from modelscope_dolly.errors import DollyError, SettingError, one_line
 from modelscope_dolly.files import free_disk, gigabytes, read_json, write_atomically
 
 MARKER = "complete.json"
+#: What to do when the disk is too small for a run.
+DISK_REMEDY = "free some space, lower keep_checkpoints, or give another output_dir"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OF_TORCH_SAVE = re.compile(r"inline_container|PytorchStreamWriter")
 
@@ -39,11 +41,9 @@ class RunCheckpoint:
 def mark_complete(path: Path, world: int, plan_hash: str, order_hash: str) -> None:
     """Declare a saved directory complete. One process calls it, after all have written their files."""
     step = int(_NAME.fullmatch(path.name)[1])
-    files = {
-        file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()
-    }
-    facts = {"step": step, "world": world, "plan_hash": plan_hash, "order_hash": order_hash, "files": files}
-    write_atomically(path / MARKER, json.dumps(facts, indent=2) + "\n")
+    files = {file.relative_to(path).as_posix(): size for file, size in file_sizes(path)}
+    marker = {"step": step, "world": world, "plan_hash": plan_hash, "order_hash": order_hash, "files": files}
+    write_atomically(path / MARKER, json.dumps(marker, indent=2) + "\n")
 
 
 def open_run_checkpoint(path: Path) -> RunCheckpoint:
@@ -56,22 +56,22 @@ def open_run_checkpoint(path: Path) -> RunCheckpoint:
         raise DollyError(f"{path}: not a checkpoint directory (checkpoint-STEP)")
     if not (path / MARKER).exists():
         raise DollyError(f"{path}: incomplete, {MARKER} is missing: the run ended while it was being saved")
-    facts = read_json(path / MARKER)
+    marker = read_json(path / MARKER)
     try:
-        for name, size in facts["files"].items():
+        for name, size in marker["files"].items():
             file = path / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                raise DollyError(f"{file}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes")
-        return RunCheckpoint(path, facts["step"], facts["world"], facts["plan_hash"], facts["order_hash"])
+            actual = file.stat().st_size if file.is_file() else None
+            if actual != size:
+                raise DollyError(f"{file}: {'missing' if actual is None else f'{actual} bytes'}, expected {size} bytes")
+        return RunCheckpoint(path, marker["step"], marker["world"], marker["plan_hash"], marker["order_hash"])
     except (KeyError, AttributeError, TypeError) as error:
         raise DollyError(f"{path / MARKER}: damaged ({type(error).__name__}: {error})") from None
 
 
 def run_checkpoints(run: Path) -> list[Path]:
     """Directories named as checkpoints, newest step first, complete or not."""
-    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]), reverse=True)
+    paths = [path for path in run.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(_NAME.fullmatch(path.name)[1]), reverse=True)
 
 
 def newest_complete(run: Path) -> tuple[RunCheckpoint | None, list[str]]:
@@ -86,7 +86,7 @@ def newest_complete(run: Path) -> tuple[RunCheckpoint | None, list[str]]:
 
 
 def choose_resume(run: Path, resume: str, order_hash: str) -> tuple[RunCheckpoint | None, list[str]]:
-    """What to go on from, and lines that explain it.
+    """The checkpoint to resume from, and lines that explain the choice.
 
     Args:
         run: the run directory.
@@ -99,32 +99,32 @@ def choose_resume(run: Path, resume: str, order_hash: str) -> tuple[RunCheckpoin
             a directory with checkpoints.
     """
     if resume == "no":
-        there = run_checkpoints(run)
-        if there:
+        existing = run_checkpoints(run)
+        if existing:
             raise SettingError(
-                f"resume is 'no', but {run} holds {len(there)} checkpoints, the newest {there[0].name}; give another "
-                "output_dir, or remove them"
+                f"resume is 'no', but {run} holds {len(existing)} checkpoints, the newest {existing[0].name}; give "
+                "another output_dir, or remove them"
             )
-        return None, ["starting anew (resume: no)"]
+        return None, ["starting from the base model (resume: no)"]
     if resume == "auto":
-        found, skipped = newest_complete(run)
+        chosen, skipped = newest_complete(run)
         lines = [f"skipped: {reason}" for reason in skipped]
     else:
-        found, lines = open_run_checkpoint(Path(resume)), []
+        chosen, lines = open_run_checkpoint(Path(resume)), []
         newest, _ = newest_complete(run)
-        if newest and newest.step > found.step:  # the next automatic resume would take that one, of another history
+        if newest and newest.step > chosen.step:  # the next automatic resume would take that one, from another history
             raise SettingError(
-                f"resume is {resume!r}, step {found.step}, but {newest.path} is newer; remove the newer checkpoints, "
-                "or give another output_dir, which leaves both histories whole"
+                f"resume is {resume!r}, step {chosen.step}, but {newest.path} is newer; remove the newer checkpoints, "
+                "or give another output_dir, which keeps both histories"
             )
-    if found is None:
-        return None, [*lines, "starting anew: no complete checkpoint"]
-    if found.order_hash != order_hash:
+    if chosen is None:
+        return None, [*lines, "starting from the base model: no complete checkpoint"]
+    if chosen.order_hash != order_hash:
         raise SettingError(
-            f"{found.path}: was made with other records or another order of them (data, seed, epochs, "
+            f"{chosen.path}: was made with other records or another order of them (data, seed, epochs, "
             "global_batch_size, max_length or test_size changed); give those settings again, or another output_dir"
         )
-    return found, [*lines, f"resuming from {found.path} at step {found.step}"]
+    return chosen, [*lines, f"resuming from {chosen.path} at step {chosen.step}"]
 
 
 def prune(run: Path, keep: int) -> list[Path]:
@@ -138,15 +138,15 @@ def prune(run: Path, keep: int) -> list[Path]:
                 continue
         except DollyError:
             if complete == 0:
-                continue  # newer than any complete one: perhaps being written
+                continue  # newer than any complete one: it may be in the middle of a save
         remove(path)
         removed.append(path)
     return removed
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, if there is one."""
-    # Without its marker it no longer counts, should the removal be interrupted.
+    """Remove a checkpoint directory, if it exists."""
+    # The marker first: should the removal be interrupted, the rest is ignored.
     if (path / MARKER).is_file():
         (path / MARKER).unlink()
     shutil.rmtree(path, ignore_errors=True)
@@ -154,7 +154,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in one line what went wrong while `path` was written, above all that the disk is full.
+    """Report an error while `path` is written on one line, above all a full disk.
 
     Raises:
         DollyError: in place of OSError, safetensors' own error, and the RuntimeError of torch.save.
@@ -167,20 +167,15 @@ def writing(path: Path) -> Iterator[None]:
             raise
         raise DollyError(
             f"{path} cannot be written ({one_line(error)}); {gigabytes(free_disk(path))} are free there. "
-            "Started again, a run goes on from its newest complete checkpoint"
+            "Started again, a run resumes from its newest complete checkpoint"
         ) from error
 
 
-def taken_by_checkpoints(run: Path) -> int:
-    """Bytes that the checkpoints of earlier starts of a run hold; later ones take their place."""
-    return sum(file.stat().st_size for path in run_checkpoints(run) for file in path.rglob("*") if file.is_file())
+def existing_checkpoint_bytes(run: Path) -> int:
+    """Bytes of the checkpoints that a run already has; later ones replace them."""
+    return sum(size for path in run_checkpoints(run) for _, size in file_sizes(path))
 
 
-def check_disk(run: Path, need: int, what: str) -> None:
-    """Raise DollyError unless `need` bytes are free where the run is written."""
-    free = free_disk(run)
-    if need > free:
-        raise DollyError(
-            f"{what} needs {gigabytes(need)} in {run}, {gigabytes(free)} are free; free some space, lower "
-            "keep_checkpoints, or give another output_dir"
-        )
+def file_sizes(directory: Path) -> list[tuple[Path, int]]:
+    """Every file below a directory, with its bytes."""
+    return [(file, file.stat().st_size) for file in sorted(directory.rglob("*")) if file.is_file()]

@@ -1,9 +1,9 @@
-"""Go on from a checkpoint on another number of processes, or on one process without the launcher.
+"""Resume from a checkpoint on another number of processes, or on one process without the launcher.
 
 DeepSpeed saves optimizer states in shards, cut for one number of processes. Its own converter joins them into one file
 per weight, a "universal checkpoint" (deepspeed/checkpoint/ds_to_universal.py), which any number of processes can load.
-The records of each step do not depend on that number (batching.Plan.order_hash), so the run goes on with the next
-step as if nothing had happened; only how the records of a step are dealt out changes.
+The records of each step do not depend on that number (BatchPlan.order_hash), so the run continues with the next step;
+only how the records of a step are divided among ranks changes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from transformers import TrainerCallback
 
 from modelscope_dolly.errors import DollyError, SettingError, one_line
-from modelscope_dolly.files import new_directory
-from train.training.checkpoints import MARKER, RunCheckpoint, check_disk, writing
+from modelscope_dolly.files import check_disk, new_directory
+from train.distributed import is_first_process, world_size
+from train.training.checkpoints import DISK_REMEDY, MARKER, RunCheckpoint, file_sizes, writing
 
 SUFFIX = ".universal"
 #: What the Trainer reads besides DeepSpeed's files. Random states are left behind: they belong to the old processes.
@@ -29,8 +30,8 @@ _TRAINER_FILES = ("trainer_state.json", "scheduler.pt", "scaler.pt")
 
 
 @dataclass(frozen=True)
-class Start:
-    """How the run goes on.
+class StartingPoint:
+    """How the run resumes.
 
     Attributes:
         path: what the Trainer resumes from; None: from the base model.
@@ -48,56 +49,56 @@ class Start:
 
     @property
     def deepspeed_settings(self) -> dict[str, Any]:
-        """What DeepSpeed's configuration needs for it."""
+        """The entries of DeepSpeed's configuration for it."""
         return {"checkpoint": {"load_universal": True}} if self.convert else {}
 
 
 def starting_point(
-    saved: RunCheckpoint | None, world: int, stage: int, use_deepspeed: bool, stage_is_ours: bool = True
-) -> Start:
-    """Compare a checkpoint with the processes that are there; nothing is written.
+    saved: RunCheckpoint | None, world: int, stage: int, use_deepspeed: bool, stage_is_auto: bool = True
+) -> StartingPoint:
+    """Compare a checkpoint with the processes of this run; nothing is written.
 
     Args:
-        saved: what to resume from.
+        saved: the checkpoint to resume from, if any.
         world: processes of this run.
         stage: ZeRO stage that was chosen for it.
         use_deepspeed: whether DeepSpeed was to train.
-        stage_is_ours: the stage may be raised to that of the checkpoint; a higher one takes no more memory.
+        stage_is_auto: the user left the stage open, so it may rise to the checkpoint's, which takes no more memory.
 
     Raises:
-        SettingError: they do not go together; says which setting would.
+        SettingError: they do not match; names the setting that would.
     """
     if saved is None:
-        return Start(None, stage, use_deepspeed)
-    layout = _layout(saved.path)
-    if layout is None:
+        return StartingPoint(None, stage, use_deepspeed)
+    saved_stage = _saved_stage(saved.path)
+    if saved_stage is None:
         if use_deepspeed:
             raise SettingError(
-                f"{saved.path} was saved by one process without DeepSpeed and cannot be split: go on with one process "
-                "and zero_stage 0, or start anew in another output_dir"
+                f"{saved.path} was saved by one process without DeepSpeed and cannot be split: resume with one process "
+                "and zero_stage 0, or give another output_dir"
             )
-        return Start(saved.path, stage, False)
+        return StartingPoint(saved.path, stage, False)
     lines = []
     if not use_deepspeed:
-        lines.append(f"{saved.path} was saved by DeepSpeed, so DeepSpeed goes on with it on one process")
-    if _files_of(stage) != layout:
-        if not (stage_is_ours and layout > stage):
-            asked = "1 or 2" if layout == 2 else str(layout)
+        lines.append(f"{saved.path} was saved by DeepSpeed, so DeepSpeed is used here too, on one process")
+    if (2 if stage == 1 else stage) != saved_stage:  # stages 1 and 2 save the same files
+        if not (stage_is_auto and saved_stage > stage):
+            needed = "1 or 2" if saved_stage == 2 else str(saved_stage)
             raise SettingError(
-                f"{saved.path} was saved with ZeRO {asked} and this run has {stage}: give zero_stage {asked}, or start "
-                "anew in another output_dir"
+                f"{saved.path} was saved with ZeRO {needed} and this run has {stage}: give zero_stage {needed}, or "
+                "another output_dir"
             )
-        lines.append(f"ZeRO {layout} instead of {stage}, as in {saved.path}")
-        stage = layout
-    # Without ZeRO every process has saved the same whole states.
-    if saved.world == world or layout == 0:
-        return Start(saved.path, stage, True, lines=tuple(lines))
+        lines.append(f"ZeRO {saved_stage} instead of {stage}, as in {saved.path}")
+        stage = saved_stage
+    # Without ZeRO every process has saved the same complete states.
+    if saved.world == world or saved_stage == 0:
+        return StartingPoint(saved.path, stage, True, lines=tuple(lines))
     lines.append(f"{saved.path} was saved by {saved.world} processes, this run has {world}: converting it")
-    return Start(saved.path.with_name(saved.path.name + SUFFIX), stage, True, saved, tuple(lines))
+    return StartingPoint(saved.path.with_name(saved.path.name + SUFFIX), stage, True, saved, tuple(lines))
 
 
-def _layout(checkpoint: Path) -> int | None:
-    """ZeRO stage as far as files tell: 0, 2 (also for 1, which saves the same), 3; None: not saved by DeepSpeed."""
+def _saved_stage(checkpoint: Path) -> int | None:
+    """ZeRO stage, as the files show it: 0, 2 (for 1 as well), 3; None: not saved by DeepSpeed."""
     states = _states(checkpoint)
     if states is None:
         return None
@@ -106,23 +107,14 @@ def _layout(checkpoint: Path) -> int | None:
     return 2 if any(states.glob("*_optim_states.pt")) else 0
 
 
-def _files_of(stage: int) -> int:
-    return 2 if stage == 1 else stage
-
-
 def _states(checkpoint: Path) -> Path | None:
     """DeepSpeed's directory in a checkpoint, as its file `latest` names it."""
     latest = checkpoint / "latest"
     return checkpoint / latest.read_text().strip() if latest.is_file() else None
 
 
-def convert_together(start: Start, world: int, first: bool) -> None:
-    """Make what `start.path` names, in one process while the others wait. Every process calls it.
-
-    Args:
-        start: from starting_point.
-        world: processes of this run, whose group exists already if they are several.
-        first: this is the process that converts.
+def convert_together(start: StartingPoint) -> None:
+    """Write the checkpoint that `start.path` names, in one process while the others wait. Every process calls it.
 
     Raises:
         DollyError: the conversion failed.
@@ -130,28 +122,29 @@ def convert_together(start: Start, world: int, first: bool) -> None:
     if start.convert is None:
         return
     try:
-        if first:
+        if is_first_process():
             convert(start.convert.path, start.path)
     finally:
-        if world > 1:
-            torch.distributed.barrier()  # also after a failure: the others must not wait for it for half an hour
-    if not _is_made_of(start.path, start.convert.path):
-        raise DollyError(f"{start.path} is not there: all processes must see the same output_dir")
+        if world_size() > 1:
+            torch.distributed.barrier()  # also after a failure: the others would wait for half an hour
+    if not _is_converted_from(start.path, start.convert.path):
+        raise DollyError(f"{start.path} is missing: all processes must see the same output_dir")
 
 
 def convert(checkpoint: Path, target: Path) -> None:
-    """Write `checkpoint` as the universal checkpoint `target`, complete or not at all; keep one that is there.
+    """Write `checkpoint` as the universal checkpoint `target`, atomically; keep one that exists.
 
     Raises:
         DollyError: too little disk, or DeepSpeed's converter failed.
     """
-    if _is_made_of(target, checkpoint):
+    if _is_converted_from(target, checkpoint):
         return
-    for left_over in target.parent.glob(f".{target.name}.*"):  # of a conversion that was killed
+    for left_over in target.parent.glob(f".{target.name}.*"):  # from a conversion that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     states = _states(checkpoint)
-    size = sum(file.stat().st_size for file in states.iterdir() if file.is_file())
-    check_disk(target.parent, 2 * size, f"converting {checkpoint}")  # fragments, and the files they are joined into
+    size = sum(size for _, size in file_sizes(states))
+    # Twice: the fragments, and the files they are joined into.
+    check_disk(target.parent, 2 * size, f"converting {checkpoint}", DISK_REMEDY)
     with writing(target), new_directory(target, replace=True) as growing:
         _run_converter(states, growing / states.name)
         for name in (*_TRAINER_FILES, MARKER):
@@ -159,12 +152,12 @@ def convert(checkpoint: Path, target: Path) -> None:
                 shutil.copy2(checkpoint / name, growing / name)
 
 
-def _is_made_of(target: Path, checkpoint: Path) -> bool:
+def _is_converted_from(target: Path, checkpoint: Path) -> bool:
     """Whether `target` was converted from this very checkpoint, not from an older one of the same step."""
-    ours, theirs = target / MARKER, checkpoint / MARKER
-    if not ours.is_file():
+    copied, original = target / MARKER, checkpoint / MARKER
+    if not copied.is_file():
         return False
-    return ours.stat().st_mtime_ns == theirs.stat().st_mtime_ns and ours.read_bytes() == theirs.read_bytes()
+    return copied.stat().st_mtime_ns == original.stat().st_mtime_ns and copied.read_bytes() == original.read_bytes()
 
 
 def _run_converter(states: Path, target: Path) -> None:
@@ -179,22 +172,22 @@ def _run_converter(states: Path, target: Path) -> None:
 
 
 class AfterConversion(TrainerCallback):
-    """What is left to do once every process has loaded a converted checkpoint."""
+    """Clean up once every process has loaded a converted checkpoint."""
 
-    def __init__(self, start: Start):
+    def __init__(self, start: StartingPoint):
         self.start = start
 
     def on_train_begin(self, args, state, control, optimizer=None, **keywords):
         if self.start.convert is None:
             return
-        _own_steps(optimizer)
+        _separate_step_counters(optimizer)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if args.process_index == 0:
-            shutil.rmtree(self.start.path, ignore_errors=True)  # as large as a checkpoint, and of no more use
+            shutil.rmtree(self.start.path, ignore_errors=True)  # as large as a checkpoint, and no longer needed
 
 
-def _own_steps(optimizer: Any) -> None:
+def _separate_step_counters(optimizer: Any) -> None:
     """Give each weight group a step counter of its own.
 
     DeepSpeed's loader for stage 3 hands the same tensor to all groups (zero/stage3.py,

@@ -1,8 +1,8 @@
 """LoRA: train low-rank adapters on all linear layers instead of the weights themselves (arXiv:2106.09685), with peft.
 
 The three keys of dolly are new to the base model, and no adapter reaches an embedding: their rows are trained as well,
-in the embedding and in the output matrix. Everything else stays as it was. A finished run is merged into plain weights,
-which any reader loads without peft; the adapter alone lies beside them.
+in the embedding and in the output matrix. Everything else is frozen. A finished run is merged into plain weights, which
+any reader loads without peft; the adapter alone is saved beside them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import GPTNeoXForCausalLM
 
-    from train.training.trainer import LossOf
+    from train.training.loss import CausalLMLoss
 
-#: The linear layers of a GPT-NeoX; "dense" is the one of the attention only, names are compared up to a dot.
+#: The linear layers of a GPT-NeoX; "dense" is that of the attention only: names are compared up to a dot.
 LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 #: What peft writes into a checkpoint beside the adapter's weights.
 CONFIG = "adapter_config.json"
@@ -46,18 +46,18 @@ def read_lora(values: dict | None) -> Lora | None:
     """
     if values is None:
         return None
-    found = [unknown_name("lora setting", str(name), _KEYS) for name in values if name not in _KEYS]
+    problems = [unknown_name("lora setting", str(name), _KEYS) for name in values if name not in _KEYS]
     rank = values.get("r")
     if not _is_number(rank, int) or rank < 1:
-        found.append(f"lora.r is {rank!r}, it must be a whole number of at least 1, for instance lora: {{r: 16}}")
+        problems.append(f"lora.r is {rank!r}, it must be a whole number of at least 1, for instance lora: {{r: 16}}")
         rank = 1
     alpha, dropout = values.get("alpha", 2 * rank), values.get("dropout", 0.0)
     if not _is_number(alpha, (int, float)) or not 0 < alpha < float("inf"):
-        found.append(f"lora.alpha is {alpha!r}, it must be a number above 0")
+        problems.append(f"lora.alpha is {alpha!r}, it must be a number above 0")
     if not _is_number(dropout, (int, float)) or not 0 <= dropout < 1:
-        found.append(f"lora.dropout is {dropout!r}, it must be in [0, 1)")
-    if found:
-        raise SettingError("; ".join(found))
+        problems.append(f"lora.dropout is {dropout!r}, it must be in [0, 1)")
+    if problems:
+        raise SettingError("; ".join(problems))
     _peft()
     return Lora(rank, float(alpha), float(dropout))
 
@@ -75,27 +75,27 @@ def _peft() -> Any:
 
 
 def check_lora(lora: Lora | None, stage: int, resume: Path | None) -> None:
-    """Refuse what does not go together with the adapters, before the model is loaded.
+    """Refuse settings that cannot be combined with the adapters, before the model is loaded.
 
     Args:
         lora: from read_lora.
         stage: ZeRO stage of this run.
-        resume: checkpoint to go on from.
+        resume: checkpoint to resume from.
 
     Raises:
         SettingError: ZeRO 3, or a checkpoint of other adapters, or of none, or of adapters where there are none now.
     """
     if lora and stage == 3:
-        # peft 0.21 collects the rows of the keys from split weights over CUDA only, and there is little left to split.
+        # peft 0.21 collects the rows of the keys from split weights over CUDA only, and little is left to split.
         raise SettingError("lora does not work with ZeRO 3, which splits the frozen weights: give zero_stage 0, 1 or 2")
     if resume is None:
         return
     saved = read_json(resume / CONFIG) if (resume / CONFIG).is_file() else None
-    had = "none" if saved is None else f"{{r: {saved.get('r')}, alpha: {saved.get('lora_alpha')}}}"
+    before = "none" if saved is None else f"{{r: {saved.get('r')}, alpha: {saved.get('lora_alpha')}}}"
     now = "none" if lora is None else f"{{r: {lora.r}, alpha: {lora.alpha}}}"
-    if had != now:
+    if before != now:
         raise SettingError(
-            f"{resume} was saved with lora {had} and this run has {now}: give the same, or another output_dir"
+            f"{resume} was saved with lora {before} and this run has {now}: give the same, or another output_dir"
         )
 
 
@@ -112,10 +112,10 @@ def adapter_config(lora: Lora, tokenizer: DollyTokenizer) -> LoraConfig:
     )
 
 
-def add_adapters(model: LossOf, lora: Lora, tokenizer: DollyTokenizer) -> PeftModel:
-    """Freeze the network of `model`, in its number type, and put float32 adapters on it, which change nothing yet.
+def add_adapters(model: CausalLMLoss, lora: Lora, tokenizer: DollyTokenizer) -> PeftModel:
+    """Freeze the network of `model`, in its number type, and add float32 adapters, which are zero at first.
 
-    Around LossOf and not inside it: the Trainer knows a PeftModel and then saves and loads nothing but the adapters.
+    Around CausalLMLoss and not inside it: the Trainer recognises a PeftModel and saves and loads the adapters alone.
     """
     model.base_model_prefix = "network"  # where peft, seeing transformers' configuration, looks for the rest
     # By default peft keeps what it trains in float32: in bfloat16 most updates would be rounded away.
@@ -126,13 +126,13 @@ def merge(trained: PeftModel, lora: Lora, tokenizer: DollyTokenizer, base: str, 
     """Save the adapter alone, as one of the plain network, and return that network with the adapter merged in.
 
     Args:
-        trained: from add_adapters; it is taken apart.
+        trained: from add_adapters; it is modified.
         lora, tokenizer: as for add_adapters.
         base: name of the base model, for the adapter's configuration.
-        adapter: directory that PeftModel.from_pretrained is to read.
+        adapter: the new directory, for PeftModel.from_pretrained.
     """
     peft = _peft()
-    # Names of the trained model go through LossOf, those of the saved adapter must not.
+    # Names of the trained model go through CausalLMLoss, those of the saved adapter must not.
     weights = {
         name.replace("base_model.model.network.", "base_model.model.", 1): tensor.detach().float().cpu()
         for name, tensor in peft.get_peft_model_state_dict(trained, save_embedding_layers=False).items()
@@ -143,5 +143,5 @@ def merge(trained: PeftModel, lora: Lora, tokenizer: DollyTokenizer, base: str, 
     peft.set_peft_model_state_dict(plain, weights)
     with new_directory(adapter, replace=True) as growing:
         plain.save_pretrained(str(growing), save_embedding_layers=False)
-        (growing / "README.md").unlink(missing_ok=True)  # a form to fill in, with nothing filled in
+        (growing / "README.md").unlink(missing_ok=True)  # an empty template
     return plain.merge_and_unload()

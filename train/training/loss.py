@@ -1,83 +1,56 @@
 """The loss of a forward pass: cross entropy of its response tokens, divided by those of the whole global batch.
 
 Divided like this, the gradient of a step is the same whatever the number of ranks, of accumulation steps, and of
-records per pass. Logits are computed where there is a label and nowhere else: on databricks-dolly-15k that is 41 % of
-the tokens, and the 50,280-wide logits of the others never exist.
+records per pass. Logits are computed only where there is a label: on databricks-dolly-15k that is 41 % of the tokens,
+and the 50,280-wide logits of the others never exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import GPTNeoXForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
-from train.training.packed_attention import packed_inputs
-
-Example = tuple[Sequence[int], int]  # token ids, length of the prompt
-IGNORED = -100  # label of a token that is not learned, as in torch's cross_entropy
+from train.data.collate import IGNORED
 
 
-def packed_batch(records: Sequence[Example], filler: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Inputs and labels of one forward pass.
-
-    Args:
-        records: (token ids, length of the prompt) of each; empty for a rank that has nothing to do in this pass.
-        filler: id of the one token that then runs through the network, without a label.
-        device: of the tensors.
-
-    Returns:
-        packed_inputs(...) and labels [1, N]: labels[i] is what token i is to predict.
-    """
-    ids = [list(tokens) for tokens, _ in records] or [[filler]]
-    labels: list[int] = []
-    for tokens, prompt in records:
-        labels += [IGNORED] * (prompt - 1) + list(tokens[prompt:]) + [IGNORED]
-    return {**packed_inputs(ids, device), "labels": torch.tensor(labels or [IGNORED], device=device)[None]}
-
-
-def label_count(records: Sequence[Example]) -> int:
-    """Response tokens of some records."""
-    return sum(len(tokens) - prompt for tokens, prompt in records)
-
-
-def response_loss(model: GPTNeoXForCausalLM, batch: dict[str, Any], label_total: int) -> torch.Tensor:
+def response_loss(network: GPTNeoXForCausalLM, inputs: dict[str, Any], labels: torch.Tensor, label_total: int):
     """Scalar loss of one forward pass; the losses of all passes of a step add up to the mean over the global batch.
 
     Args:
-        model: with attention `dolly_packed` for a packed batch.
-        batch: from packed_batch or padded_batch.
+        network: with attention `dolly_packed` for a packed batch.
+        inputs: of the forward pass, from packed_batch.
+        labels: [rows, N], IGNORED where nothing is learned.
         label_total: response tokens of the global batch.
     """
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "all_logits")}
-    hidden = model.gpt_neox(**inputs).last_hidden_state
-    if batch.get("all_logits"):  # as in 2023: the loss looks at every token, and most of them only to be ignored
-        return _cross_entropy(model.lm_head(hidden).flatten(0, 1), batch["labels"].flatten()) / label_total
-    learned = batch["labels"] != IGNORED
+    hidden = network.gpt_neox(**inputs).last_hidden_state
+    learned = labels != IGNORED
     # With no label at all the sum is 0, and still a function of the weights, so that every rank joins the exchange.
-    return _cross_entropy(model.lm_head(hidden[learned]), batch["labels"][learned]) / label_total
+    return summed_cross_entropy(network.lm_head(hidden[learned]), labels[learned]) / label_total
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum over labels [N] of logits [N, V], in float32 at least."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
 
-def padded_batch(
-    records: Sequence[Example], filler: int, multiple: int = 8, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """The same the 2023 way, for comparison: a row per record, padded to the longest, and logits of every token."""
-    records = records or [((filler,), 1)]
-    width = -(-max(len(tokens) for tokens, _ in records) // multiple) * multiple
-    ids = torch.full((len(records), width), filler, device=device)
-    labels = torch.full((len(records), width), IGNORED, device=device)
-    mask = torch.zeros((len(records), width), dtype=torch.long, device=device)
-    for row, (tokens, prompt) in enumerate(records):
-        ids[row, : len(tokens)] = torch.tensor(list(tokens))
-        labels[row, prompt - 1 : len(tokens) - 1] = torch.tensor(list(tokens[prompt:]))
-        mask[row, : len(tokens)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False, "all_logits": True}
+class CausalLMLoss(torch.nn.Module):
+    """A network whose forward pass gives the loss of a planned pass, so that DeepSpeed sees one call per pass.
+
+    Around the network, not a subclass of it: transformers renames `embed_out` on disk to `lm_head` in memory by the
+    name of the class, and leaves the head of any other class at random values with no more than a warning.
+    """
+
+    def __init__(self, network: GPTNeoXForCausalLM, loss: Callable[..., torch.Tensor] = response_loss):
+        super().__init__()
+        self.network, self.config, self.loss = network, network.config, loss
+
+    def forward(self, labels: torch.Tensor, label_total: int, **inputs: Any) -> CausalLMOutput:
+        """See response_loss."""
+        return CausalLMOutput(loss=self.loss(self.network, inputs, labels, label_total))

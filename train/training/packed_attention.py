@@ -4,9 +4,9 @@ Registered with transformers under the name `dolly_packed`, so that its GPT-NeoX
 torch's own variable-length kernel does it in one call; elsewhere causal attention runs record by record. Neither ever
 builds a mask of tokens x tokens.
 
-Two traps, both silent: with `use_cache` left on, transformers does not recognise packed records from position_ids, and
-records see each other; and without position_ids every record but the first sits at wrong rotary positions.
-`packed_inputs` gives everything a forward pass needs.
+Two silent traps: with `use_cache` left on, transformers does not recognise packed records from position_ids, and
+records see each other; and without position_ids every record but the first gets wrong rotary positions.
+`train.data.collate.packed_inputs` gives everything that a forward pass needs.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def packed_attention(
     """Attention over packed records, in the form transformers' AttentionInterface calls.
 
     Args:
-        query, key, value: [1, H, N, D], all records one after the other.
+        query, key, value: [1, H, N, D], all records laid end to end.
         scaling: factor on the scores (default 1 / sqrt(D)).
         dropout: of the attention weights.
-        cu_seq_lens: [records + 1] int32, where each record begins and the last one ends; same device as query.
-        record_lengths: the same as lengths on the host, so that no kernel has to be waited for.
+        cu_seq_lens: [records + 1] int32, where each record begins, and where the last one ends; same device as query.
+        record_lengths: the same as lengths on the host, so that the CPU need not wait for the GPU to read them.
 
     Returns:
         [1, N, H, D], None.
@@ -61,29 +61,6 @@ def packed_attention(
             dim=2,
         )
     return out.transpose(1, 2), None
-
-
-def packed_inputs(records: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Keyword arguments of a GPT-NeoX forward pass over whole records without padding.
-
-    Args:
-        records: token ids of each record, none empty.
-        device: of the tensors.
-
-    Returns:
-        input_ids and position_ids [1, N], cu_seq_lens [records + 1], record_lengths, use_cache False.
-    """
-    lengths = [len(record) for record in records]
-    ids = torch.tensor([token for record in records for token in record], device=device)[None]
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)[None]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-    return {
-        "input_ids": ids,
-        "position_ids": positions,
-        "cu_seq_lens": ends,
-        "record_lengths": tuple(lengths),
-        "use_cache": False,
-    }
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -1,4 +1,4 @@
-"""What a run leaves for people: the loss as a picture, and a summary in words. Made from metrics.jsonl and run.json."""
+"""What a run leaves for people, from its metrics.jsonl: the loss curve as a picture, and a summary in words."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def draw_loss(run: Path) -> Path | None:
     smooth = running_mean([row["loss"] for row in steps], 20)
     axes.plot([row["step"] for row in steps], smooth, linewidth=1.8, color="C0", label="training, mean of 20 steps")
     if evaluations:
-        places = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
-        axes.plot(*places, "o-", markersize=3.5, color="C1", label="held-out records")
+        points = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
+        axes.plot(*points, "o-", markersize=3.5, color="C1", label="held-out records")
     axes.set(xlabel="optimizer step", ylabel="loss per response token (nats)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.prompt import CONTROL_KEYS, render_example
 from tests.support.paths import SHARED_DATA, needs_shared_data
-from train.data.batch_plan import PAD_MULTIPLE, deal, global_batches, packed_plan, padded_plan
+from train.data.batch_plan import balance, global_batches, packed_plan
+from train.data.padded import MULTIPLE, padded_plan
 
 lengths_of = st.lists(st.integers(1, 300), min_size=1, max_size=150)
 
@@ -27,7 +28,7 @@ def records_of(step) -> list[int]:
 @given(lengths_of, st.integers(0, 5), st.integers(1, 3), st.integers(8, 48), st.sampled_from([1, 2, 3, 8]))
 def test_every_record_once_an_epoch_in_steps_of_the_global_batch(lengths, seed, epochs, size, world):
     plan = packed_plan(lengths, seed, epochs, size, world, tokens_per_batch=300)
-    batches = global_batches(len(lengths), size, epochs, seed)
+    batches = global_batches(lengths, seed, epochs, size, world)
     assert len(plan.steps) == len(batches) == epochs * -(-len(lengths) // size)
     for step, batch in zip(plan.steps, batches, strict=True):
         assert sorted(records_of(step)) == sorted(batch)
@@ -42,18 +43,18 @@ def test_every_record_once_an_epoch_in_steps_of_the_global_batch(lengths, seed, 
 def test_no_pass_is_over_the_budget_and_fewer_would_not_do(lengths, seed, world):
     plan = packed_plan(lengths, seed, 1, 16, world, tokens_per_batch=300)
     loads = [sum(lengths[r] for r in records) or 1 for step in plan.steps for rank in step for records in rank]
-    assert max(loads) == plan.largest[0] <= 300
+    assert max(loads) == plan.largest.tokens <= 300
     assert plan.processed == sum(loads) and plan.tokens == sum(lengths)
     if plan.accumulation > 1:  # one pass less would overflow in at least one step
         fewer = world * (plan.accumulation - 1)
-        batches = global_batches(len(lengths), 16, 1, seed)
-        assert any(sum(lengths[r] for r in part) > 300 for batch in batches for part in deal(batch, lengths, fewer))
+        batches = global_batches(lengths, seed, 1, 16, world)
+        assert any(sum(lengths[r] for r in part) > 300 for batch in batches for part in balance(batch, lengths, fewer))
 
 
 @settings(deadline=None, max_examples=60)
 @given(lengths_of, st.integers(1, 12))
-def test_dealing_is_within_the_bound_of_longest_first(lengths, parts):
-    passes = deal(list(range(len(lengths))), lengths, parts)
+def test_balancing_is_within_the_bound_of_longest_first(lengths, parts):
+    passes = balance(list(range(len(lengths))), lengths, parts)
     loads = [sum(lengths[record] for record in records) for records in passes]
     assert sorted(record for records in passes for record in records) == list(range(len(lengths)))
     assert loads == sorted(loads, reverse=True)
@@ -78,7 +79,7 @@ def test_hash_is_the_same_again_and_differs_with_seed_and_lengths():
 
 
 def test_epochs_have_different_orders():
-    first, second = global_batches(100, 100, 2, 7)
+    first, second = global_batches([1] * 100, 7, 2, 100, 1)
     assert first != second and sorted(first) == sorted(second)
 
 
@@ -92,7 +93,7 @@ def test_padded_plan_counts_every_row_as_long_as_the_longest(lengths, shape):
         for rank in step:
             for records in rank:
                 longest = max((lengths[record] for record in records), default=0)
-                processed += len(records) * -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE if records else 1
+                processed += len(records) * -(-longest // MULTIPLE) * MULTIPLE if records else 1
                 assert len(records) <= rows
     assert plan.processed == processed >= plan.tokens
 
@@ -103,7 +104,7 @@ def test_padded_plan_counts_every_row_as_long_as_the_longest(lengths, shape):
         (lambda: packed_plan([], 1, 1, 48, 1, 100), "no record"),
         (lambda: packed_plan([5, 101], 1, 1, 48, 1, 100), "record 1 has 101 tokens, more than tokens_per_batch 100"),
         (lambda: packed_plan([5], 1, 1, 4, 8, 100), "global_batch_size is 4, it must be at least"),
-        (lambda: padded_plan([5], 1, 1, 48, 5, 6), "multiple of 5 ranks x padded_batch_size 6 = 30"),
+        (lambda: padded_plan([5], 1, 1, 48, 5, 6), "multiple of 5 ranks x padded batches of 6 = 30"),
     ],
 )
 def test_impossible_plans_are_refused(make, says):
@@ -126,4 +127,4 @@ def test_dolly_15k_takes_the_steps_of_the_public_recipe_with_two_fifths_of_its_t
     assert ours.processed == ours.tokens == theirs.tokens
     assert 2.3 < theirs.processed / ours.processed < 2.6
     assert 4.5 < theirs.waited / ours.waited < 5.3
-    assert ours.accumulation == 1 and ours.largest[0] < 2048
+    assert ours.accumulation == 1 and ours.largest.tokens < 2048

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from modelscope_dolly.errors import DollyError, SettingError
 from tests.support.paths import ROOT
 from tests.support.record_files import BOM, GOOD, as_csv, examples, jsonl, row_lists, values, write
-from train.data.records import Record, check_records
 from train.data.sources import FIELDS, read_records
+from train.data.validate import TrainingRecord, check_records
 
 # Reading
 
@@ -100,7 +100,7 @@ def test_columns_are_mapped_and_the_others_named_in_the_report(tmp_path, tokeniz
         {"instruction": "question", "context": "input", "response": "output"},
     )
     checked = check_records(source, tokenizer, 2048)
-    assert checked.records == [Record("Why?", "Because.", "So.", 1)]
+    assert checked.records == [TrainingRecord("Why?", "Because.", "So.", 1)]
     assert source.unused == ("category", "\\ud800")
     assert "columns not used: category, \\ud800" in str(checked.report)
 
@@ -142,12 +142,12 @@ def test_a_wrong_mapping_is_refused_with_what_was_found(tmp_path, header, column
 def test_every_field_of_ours_has_its_own_place_when_columns_swap(tmp_path, tokenizer):
     swap = {"instruction": "response", "response": "instruction"}
     source = read_records(write(tmp_path / "data.jsonl", jsonl([GOOD])), swap)
-    assert check_records(source, tokenizer, 2048).records == [Record("Water.", "", "What is dew?", 1)]
+    assert check_records(source, tokenizer, 2048).records == [TrainingRecord("Water.", "", "What is dew?", 1)]
 
 
 def test_a_column_called_context_may_be_another_field(tmp_path, tokenizer):
     source = read_records(write(tmp_path / "data.csv", "context,response\nWhy?,So.\n"), {"instruction": "context"})
-    assert check_records(source, tokenizer, 2048).records == [Record("Why?", "", "So.", 2)]
+    assert check_records(source, tokenizer, 2048).records == [TrainingRecord("Why?", "", "So.", 2)]
     assert source.unused == ()
     assert source.sha256 == read_records(write(tmp_path / "b.csv", "instruction,response\nWhy?,So.\n")).sha256
 
@@ -155,7 +155,7 @@ def test_a_column_called_context_may_be_another_field(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("data.txt", "", SettingError, "it must be a .jsonl, .json or .csv file, a hub's data set ms:OWNER/NAME"),
+        ("data.txt", "", SettingError, "it must be a .jsonl, .json or .csv file, a data set on a hub ms:OWNER/NAME"),
         ("data", "", SettingError, "it must be a .jsonl, .json or .csv file"),
         ("data.jsonl", None, SettingError, "cannot be read: No such file or directory; it must be"),
         ("data.jsonl", "", DollyError, "holds no records"),
@@ -196,7 +196,7 @@ def test_a_file_that_is_damaged_as_a_whole_is_one_clear_error(tmp_path, name, co
 
 
 def test_a_hub_id_without_its_hub_is_told_how_to_be_written():
-    with pytest.raises(SettingError, match="For a hub's data set write ms:me/data or hf:me/data"):
+    with pytest.raises(SettingError, match="For a data set on a hub write ms:me/data or hf:me/data"):
         read_records("me/data")
 
 
@@ -239,8 +239,8 @@ def test_a_folder_is_read_by_the_real_library(tmp_path, tokenizer, private_cache
     assert (len(source.rows), source.unit) == (2, "record")
     checked = check_records(source, tokenizer, 2048)
     assert checked.records == [
-        Record("What is dew?", "", "Water.", 1),
-        Record("What is dew?", "", 'A "drop"\n🙂', 2),
+        TrainingRecord("What is dew?", "", "Water.", 1),
+        TrainingRecord("What is dew?", "", 'A "drop"\n🙂', 2),
     ]
     assert source.sha256 == read_records(str(folder / "train.jsonl")).sha256
 
@@ -305,7 +305,9 @@ def test_a_hub_id_reaches_the_library_with_its_revision(monkeypatch, dataset, ex
 def test_a_local_folder_never_stands_in_for_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "me" / "data").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingError, match="me/data is also here and would be read in place of the hub's; write ms:"):
+    with pytest.raises(
+        SettingError, match="me/data also exists here and would be read in place of the hub's; write ms:"
+    ):
         read_records("ms:me/data@v1")
 
 

@@ -14,18 +14,19 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoX
 from modelscope_dolly.checkpoint.memory import shape_config
 from modelscope_dolly.errors import HardwareError, SettingError
 from tests.support.models import random_model, tiny_config
-from train.planning import zero_stage as planning
-from train.planning.memory import GIB, Job, activations, checkpoint_bytes, disk_need, final_bytes, states, update
-from train.planning.zero_stage import (
-    CARDS,
-    Hardware,
-    check_disk,
-    choose,
-    hardware_table,
-    number_type,
-    table,
-    with_spare,
+from tests.support.paths import ROOT
+from train.planning.hardware import CARDS, Hardware, gib
+from train.planning.memory import (
+    GIB,
+    Job,
+    activations,
+    checkpoint_bytes,
+    disk_need,
+    final_bytes,
+    model_states,
+    update_bytes,
 )
+from train.planning.zero_stage import LORA_RANK, Candidate, choose, number_type, table, with_spare
 
 SETTINGS = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "all")]
 
@@ -37,7 +38,7 @@ def job(size: str = "3b", **changes) -> Job:
 
 def held(size: str, stage: int, world: int, offload: str = "none", **changes):
     what = job(size, **changes)
-    return states(what.parameters, stage, world, offload, "bf16", what.adapters, what.largest)
+    return model_states(what.parameters, stage, world, offload, "bf16", what.adapters, what.largest)
 
 
 # GiB per GPU at 16 bytes per weight; 3b, 7b and 12b have 2.775, 6.856 and 11.842 billion.
@@ -78,15 +79,15 @@ def test_parameters_and_states_equal_those_of_a_network_and_its_optimizer():
     tensors = [*model.parameters(), *(weights.grad for weights in model.parameters()), *moments]
     what = Job(model.config)
     assert what.parameters == model.num_parameters()
-    assert states(what.parameters, 0, 1, dtype="fp32").gpu == sum(t.numel() * t.element_size() for t in tensors)
+    assert model_states(what.parameters, 0, 1, dtype="fp32").gpu == sum(t.numel() * t.element_size() for t in tensors)
 
 
 def test_what_stage_3_gathers_is_the_largest_layer_or_embedding():
     for size, embedding in (("3b", True), ("7b", True), ("12b", False)):
         hidden = job(size).config.hidden_size
         assert job(size).largest == pytest.approx(50280 * hidden if embedding else 12 * hidden**2, rel=0.01)
-    without = states(10**9, 3, 4)
-    assert states(10**9, 3, 4, largest=10**6).gpu - without.gpu == 4 * 10**6
+    without = model_states(10**9, 3, 4)
+    assert model_states(10**9, 3, 4, largest=10**6).gpu - without.gpu == 4 * 10**6
 
 
 @pytest.mark.parametrize(("size", "millions", "gib"), [("3b", 21, 5.2), ("7b", 34, 12.8), ("12b", 47, 22.1)])
@@ -151,10 +152,10 @@ def test_checkpointing_saves_activations_and_labels_bound_logits():
 
 
 def test_update_is_the_float32_gradient_of_what_a_rank_updates_at_once():
-    assert update(8 * 10**9, 0, 4) == 32 * 10**9
-    assert update(8 * 10**9, 2, 4) == 8 * 10**9
-    assert update(8 * 10**9, 3, 4) == 4 * 10**9  # one sub-group
-    assert update(8 * 10**9, 2, 4, offload="optimizer") == update(8 * 10**9, 2, 4, dtype="fp32") == 0
+    assert update_bytes(8 * 10**9, 0, 4) == 32 * 10**9
+    assert update_bytes(8 * 10**9, 2, 4) == 8 * 10**9
+    assert update_bytes(8 * 10**9, 3, 4) == 4 * 10**9  # one sub-group
+    assert update_bytes(8 * 10**9, 2, 4, offload="optimizer") == update_bytes(8 * 10**9, 2, 4, dtype="fp32") == 0
 
 
 parameters = st.integers(10**6, 2 * 10**10)
@@ -167,22 +168,24 @@ largest = st.integers(0, 10**6)
 def test_more_gpus_never_need_more_on_each(count, few, first, second, block, setting, dtype):
     small, large = sorted((first, second))
     stage, offload = setting
-    needs = [states(count, stage, n, offload, dtype, few, block) for n in (small, large)]
+    needs = [model_states(count, stage, n, offload, dtype, few, block) for n in (small, large)]
     assert needs[1].gpu <= needs[0].gpu and needs[1].host == needs[0].host
 
 
 @given(parameters, adapters, worlds, largest)
 def test_a_higher_stage_never_needs_more_but_what_it_gathers(count, few, world, block):
-    z0, z1, z2, z3 = (states(count, stage, world, adapters=few, largest=block).gpu for stage in range(4))
+    z0, z1, z2, z3 = (model_states(count, stage, world, adapters=few, largest=block).gpu for stage in range(4))
     assert z0 >= z1 >= z2 >= z3 - 4 * block
 
 
 @given(parameters, adapters, worlds, largest, st.sampled_from(["bf16", "fp16", "fp32"]))
 def test_offloading_never_needs_more_on_the_gpu(count, few, world, block, dtype):
     for stage in (1, 2, 3):
-        none, optimizer = (states(count, stage, world, where, dtype, few, block) for where in ("none", "optimizer"))
+        none, optimizer = (
+            model_states(count, stage, world, where, dtype, few, block) for where in ("none", "optimizer")
+        )
         assert optimizer.gpu <= none.gpu and optimizer.host > none.host
-    everything = states(count, 3, world, "all", dtype, few, block)
+    everything = model_states(count, 3, world, "all", dtype, few, block)
     assert everything.gpu <= optimizer.gpu and everything.host > optimizer.host
 
 
@@ -311,7 +314,7 @@ def test_sharing_optimizer_states_is_preferred_to_copies_and_one_gpu_is_told_tha
 def test_need_is_states_and_the_larger_of_activations_and_update():
     hardware = Hardware.parse("8xA100-80G")
     z1 = choose(job("12b"), hardware).candidates[1]
-    assert z1.gpu == held("12b", 1, 8).gpu + update(job("12b").parameters, 1, 8)
+    assert z1.gpu == held("12b", 1, 8).gpu + update_bytes(job("12b").parameters, 1, 8)
     long = Job(shape_config("12b"), tokens=11_904)
     z1 = choose(long, hardware, zero_stage="1", offload="none").taken
     assert z1.gpu == held("12b", 1, 8).gpu + activations(long.config, 11_904).total
@@ -393,8 +396,8 @@ def test_number_type(machine, requested, dtype, reason):
 
 
 def test_float32_on_gpus_needs_wider_weights_and_deepspeeds_copy():
-    assert states(10**9, 0, 1, dtype="fp32").gpu == 16 * 10**9
-    assert states(10**9, 2, 4, dtype="fp32").gpu == 4 * 10**9 + 16 * 10**9 // 4
+    assert model_states(10**9, 0, 1, dtype="fp32").gpu == 16 * 10**9
+    assert model_states(10**9, 2, 4, dtype="fp32").gpu == 4 * 10**9 + 16 * 10**9 // 4
     choice = choose(job(), Hardware.parse("8xA100-80G"), dtype="fp32")
     assert choice.dtype == "fp32" and choice.taken.gpu > choose(job(), Hardware.parse("8xA100-80G")).taken.gpu
 
@@ -414,15 +417,6 @@ def test_disk_holds_the_kept_checkpoints_one_more_and_the_model():
     assert disk_need(adapted, 616, 200, 2) == 3 * 14 * adapted.adapters + final
 
 
-def test_too_little_disk_is_said_with_both_figures():
-    need = disk_need(job(), 616, 200, 2)
-    enough = math.ceil(need / GIB)
-    assert check_disk(need, Hardware.parse(f"cpu,disk={enough}G"), 2).endswith(f"free: {enough}.0 GiB")
-    assert check_disk(need, Hardware.parse("cpu"), 2).endswith("free: not stated")
-    with pytest.raises(HardwareError, match=r"up to 113.7 GiB on disk .*, but 100.0 GiB are free: lower keep_"):
-        check_disk(need, Hardware.parse("cpu,disk=100G"), 2)
-
-
 def test_activations_are_kept_where_they_fit_and_only_then():
     roomy = Hardware.parse("1xH100-80G")
     tight = Hardware("X", 1, with_spare(choose(job(), roomy).taken.gpu), None, None, True)
@@ -435,7 +429,7 @@ def test_activations_are_kept_where_they_fit_and_only_then():
     kept = choose(job(), roomy, recompute="auto").taken.gpu
     copies = 2 * job().parameters
     whole = activations(job().config, 2048, checkpointing=False).total
-    assert kept == held("3b", 0, 1).gpu + max(whole + copies, update(job().parameters, 0, 1))
+    assert kept == held("3b", 0, 1).gpu + max(whole + copies, update_bytes(job().parameters, 0, 1))
 
 
 def test_table_has_a_row_per_candidate_and_marks_the_taken_one():
@@ -449,11 +443,42 @@ def test_table_has_a_row_per_candidate_and_marks_the_taken_one():
     assert "0.0 GiB" not in table(choose(job(), Hardware.parse("cpu,host=64G"))).splitlines()[4]
 
 
-def test_table_for_the_documentation_has_every_machine_and_size():
-    lines = hardware_table((*planning.DOCUMENTED, "cpu,host=64G", "1xFOO-4G,host=8G")).splitlines()
-    assert lines[0] == "| hardware | 3b | 7b | 12b |" and len(lines) == 2 + 7
-    cells = {line.split(" | ")[0].lstrip("| "): line.strip("| ").split(" | ")[1:] for line in lines[2:]}
-    assert cells["8xA100-80G"] == ["z1: 15.9 GiB", "z1: 38.3 GiB", "z1: 66.2 GiB"]
-    assert cells["1xH100-80G"][2] == "z2 + optimizer offload: 46.4 GiB, host 176.5 GiB; or LoRA z0: 25.2 GiB"
-    assert cells["cpu,host=64G"][1] == "LoRA z0: host 28.9 GiB"
-    assert cells["1xFOO-4G,host=8G"][2] == "does not fit"
+# The documentation's table
+
+SIZES = ("3b", "7b", "12b")
+DOCUMENTED = ("1xH100-80G", "8xA100-80G", "8xA100-40G", "4xA10-24G", "8xV100-32G")
+
+
+def table_row(machine: str) -> str:
+    """What is chosen for each size on a machine, and its need without spare; where that offloads, LoRA as well."""
+    cells = []
+    for size in SIZES:
+        full, adapters = taken(job(size), machine), taken(job(size, lora_rank=LORA_RANK), machine)
+        parts = [f"{full.name}: {need(full)}"] if full else []
+        if adapters and (full is None or full.offload != "none"):
+            parts.append(f"LoRA {adapters.name}: {need(adapters)}")
+        cells.append("; or ".join(parts) or "does not fit")
+    return f"| {machine} | {' | '.join(cells)} |"
+
+
+def taken(what: Job, machine: str) -> Candidate | None:
+    try:
+        return choose(what, Hardware.parse(machine)).taken
+    except HardwareError:
+        return None
+
+
+def need(row: Candidate) -> str:
+    return ", ".join([gib(row.gpu)] * (row.gpu > 0) + [f"host {gib(row.host)}"] * (row.host > 0))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("training.md")), ids=lambda path: path.parent.name)
+def test_the_table_of_the_documentation_is_what_is_chosen(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith(tuple(f"| {machine} |" for machine in DOCUMENTED))]
+    assert rows == [table_row(machine) for machine in DOCUMENTED]
+
+
+def test_what_only_lora_or_nothing_can_train():
+    assert table_row("cpu,host=64G").split(" | ")[2] == "LoRA z0: host 28.9 GiB"
+    assert table_row("1xFOO-4G,host=8G").endswith(" | does not fit |")

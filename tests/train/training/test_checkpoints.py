@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or not counted, the newest complete one chosen, older ones removed only then."""
+"""Checkpoints of a run: complete or ignored, the newest complete one chosen, older ones removed only then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from modelscope_dolly.errors import DollyError, SettingError
 from train.training import checkpoints
 from train.training.checkpoints import (
     MARKER,
-    check_disk,
     choose_resume,
     mark_complete,
     newest_complete,
@@ -107,8 +106,11 @@ def test_newest_means_the_highest_step_and_other_names_are_left_alone(tmp_path):
 
 
 def test_a_new_run_starts_anew_and_says_so(tmp_path):
-    assert choose_resume(tmp_path / "none", "auto", ORDER) == (None, ["starting anew: no complete checkpoint"])
-    assert choose_resume(tmp_path / "none", "no", ORDER) == (None, ["starting anew (resume: no)"])
+    assert choose_resume(tmp_path / "none", "auto", ORDER) == (
+        None,
+        ["starting from the base model: no complete checkpoint"],
+    )
+    assert choose_resume(tmp_path / "none", "no", ORDER) == (None, ["starting from the base model (resume: no)"])
     unmarked(tmp_path, 4)
     found, lines = choose_resume(tmp_path, "auto", ORDER)
     assert found is None and len(lines) == 2 and lines[0].startswith("skipped: ") and "checkpoint-4" in lines[0]
@@ -202,12 +204,3 @@ def test_an_error_that_is_not_about_writing_stays_what_it_is(tmp_path):
         with pytest.raises(type(lost)) as error, writing(tmp_path):
             raise lost
         assert error.value is lost
-
-
-def test_too_little_disk_is_told_with_both_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "free_disk", lambda path: 12_340_000_000)
-    check_disk(tmp_path, 12_340_000_000, "checkpoint-200")
-    with pytest.raises(DollyError) as error:
-        check_disk(tmp_path, 39_100_000_000, "checkpoint-200")
-    says = str(error.value)
-    assert f"checkpoint-200 needs 39.10 GB in {tmp_path}, 12.34 GB are free" in says and "keep_checkpoints" in says

@@ -91,7 +91,7 @@ def test_one_process_without_a_stage_goes_on_with_deepspeed_and_says_so(split_ru
     recipe = cut_copy(split_run, STEPS - EVERY)
     done = complete(recipe, world=1)
     assert losses(recipe.parent / "run", 0) == pytest.approx(losses(split_run, STEPS - EVERY), abs=TOLERANCE)
-    assert "was saved by DeepSpeed, so DeepSpeed goes on with it on one process" in done.stdout()
+    assert "was saved by DeepSpeed, so DeepSpeed is used here too, on one process" in done.stdout()
     assert "ZeRO 2 instead of 0" in done.stdout()
 
 
@@ -101,8 +101,8 @@ def test_a_checkpoint_of_one_process_without_deepspeed_cannot_be_split(plain_run
     processes = Processes(recipe, "--zero-stage", "2", "--resume", str(checkpoint), world=2)
     assert processes.wait() == [2, 2]
     assert processes.stderr().splitlines()[-1] == (
-        f"train.finetune: {checkpoint} was saved by one process without DeepSpeed and cannot be split: go on with one "
-        "process and zero_stage 0, or start anew in another output_dir"
+        f"train.finetune: {checkpoint} was saved by one process without DeepSpeed and cannot be split: resume with one "
+        "process and zero_stage 0, or give another output_dir"
     )
     assert not (recipe.parent / "run" / f"checkpoint-{EVERY}").exists()
 
@@ -116,13 +116,13 @@ def test_what_fits_is_resumed_as_it_is(plain_run, split_run):
         assert start.convert is None and not start.lines and not start.deepspeed_settings
 
 
-def test_another_way_of_splitting_is_refused_unless_the_stage_is_ours_to_raise(split_run):
+def test_another_way_of_splitting_is_refused_unless_the_stage_is_auto_to_raise(split_run):
     split = open_run_checkpoint(split_run / f"checkpoint-{EVERY}")
-    start = starting_point(split, 2, 0, True, stage_is_ours=True)
+    start = starting_point(split, 2, 0, True, stage_is_auto=True)
     assert (start.stage, start.convert) == (2, None)
     for stage, ours in ((0, False), (3, True), (3, False)):
         with pytest.raises(SettingError, match=f"ZeRO 1 or 2 and this run has {stage}: give zero_stage 1 or 2"):
-            starting_point(split, 2, stage, True, stage_is_ours=ours)
+            starting_point(split, 2, stage, True, stage_is_auto=ours)
 
 
 def test_a_conversion_is_complete_or_absent_and_made_once(tmp_path, split_run):

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, render_example
 from tests.support.paths import SHARED_DATA, needs_shared_data
-from train.data.records import check_records
+from train.data.collate import IGNORED, packed_batch
 from train.data.sources import read_records
-from train.training.loss import IGNORED, packed_batch
+from train.data.validate import check_records
 
 MAX_LENGTH = 2048
 

@@ -17,12 +17,11 @@ from modelscope_dolly.files import read_json
 from modelscope_dolly.prompt import DollyTokenizer
 from tests.support.models import random_model
 from tests.support.training_runs import complete, material, needs_deepspeed, rows, write_recipe
+from train.data.collate import packed_batch, packed_inputs
 from train.planning.memory import Job
 from train.training import packed_attention as attention
 from train.training.lora import CONFIG, LINEARS, Lora, add_adapters, check_lora, merge, read_lora
-from train.training.loss import packed_batch
-from train.training.packed_attention import packed_inputs
-from train.training.trainer import LossOf
+from train.training.loss import CausalLMLoss
 
 peft = pytest.importorskip("peft")
 
@@ -42,7 +41,7 @@ def base_model(**changes) -> GPTNeoXForCausalLM:
 
 def with_adapters(tokenizer: DollyTokenizer, dtype: torch.dtype = torch.float32, moved: bool = True):
     """A network with adapters; moved: as if they had been trained."""
-    model = add_adapters(LossOf(base_model().to(dtype)), LORA, tokenizer)
+    model = add_adapters(CausalLMLoss(base_model().to(dtype)), LORA, tokenizer)
     if moved:
         torch.manual_seed(1)
         with torch.no_grad():

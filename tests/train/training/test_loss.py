@@ -10,8 +10,11 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 from tests.support.models import random_model, tiny_config
+from train.bench import all_logits_loss
+from train.data.collate import IGNORED, label_count, packed_batch
+from train.data.padded import padded_batch
 from train.training import packed_attention as attention
-from train.training.loss import IGNORED, label_count, packed_batch, padded_batch, response_loss
+from train.training.loss import response_loss
 
 Example = tuple[list[int], int]
 
@@ -28,11 +31,17 @@ def model_in(dtype: torch.dtype, implementation: str, **changes) -> GPTNeoXForCa
     return GPTNeoXForCausalLM(config).to(dtype)
 
 
-def gradient(model: GPTNeoXForCausalLM, batches: list[dict], total: int) -> tuple[float, torch.Tensor]:
+def without_labels(batch: dict) -> dict:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def gradient(
+    model: GPTNeoXForCausalLM, batches: list[dict], total: int, loss_of=response_loss
+) -> tuple[float, torch.Tensor]:
     model.zero_grad(set_to_none=True)
     loss = 0.0
     for batch in batches:
-        part = response_loss(model, batch, total)
+        part = loss_of(model, without_labels(batch), batch["labels"], total)
         part.backward()
         loss += part.item()
     return loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
@@ -71,9 +80,11 @@ def test_packed_padded_and_single_records_have_one_gradient(examples, dtype, bou
         "padded in two": (plain, [padded_batch(examples[:7], 0), padded_batch(examples[7:], 0)]),
     }
     for name, (model, batches) in variants.items():
-        found_loss, found = gradient(model, batches, total)
-        assert found_loss == pytest.approx(loss, rel=1e-5), name
-        assert error(found, expected) < bound, name
+        losses = (response_loss, all_logits_loss) if name.startswith("padded") else (response_loss,)
+        for loss_of in losses:
+            found_loss, found = gradient(model, batches, total, loss_of)
+            assert found_loss == pytest.approx(loss, rel=1e-5), name
+            assert error(found, expected) < bound, name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -93,7 +104,7 @@ def test_a_record_does_not_see_its_neighbours(examples):
     changed = copy.deepcopy(examples[:3])
     changed[1][0][5:9] = [7, 8, 9, 10]
     with torch.no_grad():
-        inputs = [{k: v for k, v in b.items() if k != "labels"} for b in (batch, packed_batch(changed, 0))]
+        inputs = [without_labels(each) for each in (batch, packed_batch(changed, 0))]
         before, after = (model.gpt_neox(**one).last_hidden_state[0] for one in inputs)
     ends = list(itertools.accumulate(len(ids) for ids, _ in examples[:3]))
     assert torch.equal(before[: ends[0]], after[: ends[0]]) and torch.equal(before[ends[1] :], after[ends[1] :])
@@ -115,7 +126,8 @@ def test_logits_exist_only_where_there_is_a_label(examples, monkeypatch):
     rows = []
     head = model.lm_head.forward
     monkeypatch.setattr(model.lm_head, "forward", lambda hidden: rows.append(hidden.shape[0]) or head(hidden))
-    response_loss(model, packed_batch(examples, 0), 1)
+    batch = packed_batch(examples, 0)
+    response_loss(model, without_labels(batch), batch["labels"], 1)
     assert rows == [label_count(examples)]
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from train.data.batch_plan import packed_plan
-from train.training.progress import Progress
+from train.training.callbacks import Progress
 from train.training.report import draw_loss, read_metrics, running_mean, summary
 
 

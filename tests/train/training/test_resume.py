@@ -116,7 +116,7 @@ def test_killed_during_a_save_it_goes_on_from_the_checkpoint_before(tmp_path):
 def kill_during_the_export() -> None:
     from train import finetune
 
-    finetune.finish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    finetune.export_model = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("world", "zero_stage"), [alone, shared[1]])
@@ -223,7 +223,9 @@ def test_too_little_disk_is_told_before_anything_is_written(tmp_path, small_disk
     small_disk(tmp_path / "disk", 1_000_000)
     run = Processes(write_recipe(tmp_path), "--output-dir", str(tmp_path / "disk" / "run"))
     assert run.wait() == [2]
-    assert re.search(r"^train.finetune: the run needs \d+.\d\d GB in \S+, 0.00 GB are free; free some", run.stderr())
+    assert re.search(
+        r"^train.finetune: \S+: the run needs \d+.\d\d GB of disk, 0.00 GB are free; free some", run.stderr()
+    )
     assert list((tmp_path / "disk").iterdir()) == []
 
 
@@ -245,5 +247,5 @@ def test_other_records_are_refused_and_a_new_directory_starts_anew(tmp_path):
     assert run.wait() == [2]
     assert f"checkpoint-{STEPS}: was made with other records or another order of them" in run.stderr()
     other = complete(recipe, "--output-dir", str(tmp_path / "other"))
-    assert "starting anew" in other.stdout()
+    assert "starting from the base model" in other.stdout()
     assert rows(tmp_path / "other")[0]["loss"] != rows(finished())[0]["loss"]

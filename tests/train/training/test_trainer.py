@@ -16,16 +16,21 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from modelscope_dolly.errors import DollyError
 from tests.support.models import random_model
 from tests.support.training_runs import needs_deepspeed
+from train.bench import all_logits_loss
 from train.config import build
-from train.data.batch_plan import packed_plan, padded_plan
+from train.data.batch_plan import packed_plan
+from train.data.collate import IGNORED, PassDataset, packed_batch
+from train.data.padded import padded_batch, padded_plan
 from train.training import packed_attention as attention
-from train.training.loss import IGNORED
-from train.training.trainer import DollyTrainer, LossOf, Metrics, PlannedPasses, SaveOnSignal, StopOnBadLoss, schedule
+from train.training.callbacks import MetricsFile, SaveOnSignal, StopOnBadLoss
+from train.training.loss import CausalLMLoss, response_loss
+from train.training.schedule import schedule
+from train.training.trainer import DollyTrainer
 
 DRAW = random.Random(3)
 LENGTHS = [DRAW.randint(6, 40) for _ in range(37)]
@@ -80,14 +85,18 @@ def plans():
     yield padded_plan(LENGTHS, 1, 2, BATCH, 2, 3), True
 
 
-def test_items_are_the_passes_of_the_plan_step_by_step_turn_by_turn_rank_by_rank():
+def dataset(plan, padded: bool = False) -> PassDataset:
+    return PassDataset(plan, EXAMPLES, 0, padded_batch if padded else packed_batch)
+
+
+def test_items_are_the_passes_of_the_plan_step_by_step_then_micro_step_then_rank():
     seen = empty = 0
     for plan, padded in plans():
-        passes = PlannedPasses(plan, EXAMPLES, 0, padded)
+        passes = dataset(plan, padded)
         order = [
-            (step, plan.steps[step][rank][turn])
+            (step, plan.steps[step][rank][micro_step])
             for step in range(len(plan.steps))
-            for turn in range(plan.accumulation)
+            for micro_step in range(plan.accumulation)
             for rank in range(plan.world)
         ]
         assert len(passes) == len(order)
@@ -105,7 +114,7 @@ def test_items_are_the_passes_of_the_plan_step_by_step_turn_by_turn_rank_by_rank
 def test_accelerate_deals_each_rank_its_own_passes():
     plan = packed_plan(LENGTHS, 1, 2, BATCH, 3, 60)
     assert plan.accumulation > 1
-    items = range(len(PlannedPasses(plan, EXAMPLES, 0, False)))
+    items = range(len(dataset(plan)))
     for rank in range(3):
         loader = prepare_data_loader(DataLoader(items, batch_size=1), num_processes=3, process_index=rank)
         assert [int(batch) for batch in loader] == list(items[rank::3])
@@ -128,7 +137,7 @@ def network() -> torch.nn.Module:
 def make_trainer(folder, plan, padded=False, held_out=(), callbacks=()) -> DollyTrainer:
     model = network()
     model.set_attn_implementation("sdpa" if padded else attention.NAME)
-    given = {"model": "m", "dataset": "d", "output_dir": str(folder), "batching": "padded" if padded else "packed"}
+    given = {"model": "m", "dataset": "d", "output_dir": str(folder)}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=len(plan.steps),
@@ -142,19 +151,16 @@ def make_trainer(folder, plan, padded=False, held_out=(), callbacks=()) -> Dolly
         remove_unused_columns=False,
         disable_tqdm=True,
     )
-    trainer = DollyTrainer(
+    return DollyTrainer(
         build(given).config,
-        plan,
+        dataset(plan, padded),
         0,
         held_out,
-        model=LossOf(model),
+        model=CausalLMLoss(model, all_logits_loss if padded else response_loss),
         args=arguments,
-        train_dataset=PlannedPasses(plan, EXAMPLES, 0, padded),
         optimizers=(torch.optim.SGD(model.parameters(), lr=0.0), None),  # every step starts from the same weights
         callbacks=list(callbacks),
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def direct_loss(model: torch.nn.Module, examples) -> torch.Tensor:
@@ -193,13 +199,13 @@ def test_the_gradient_of_every_step_is_that_of_its_whole_global_batch(tmp_path, 
         assert error < 1e-6 * math.sqrt(sum(theirs.square().sum() for _, theirs in pairs))
 
 
-def test_a_rehearsal_touches_neither_weights_nor_gradients_nor_random_numbers(tmp_path):
+def test_a_dry_run_touches_neither_weights_nor_gradients_nor_random_numbers(tmp_path):
     trainer = make_trainer(tmp_path, packed_plan(LENGTHS, 1, 1, BATCH, 1, 80))
     before = copy.deepcopy(trainer.model.state_dict())
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    trainer.rehearse(trainer.model)
+    trainer.dry_run(trainer.model)
     assert torch.equal(torch.rand(1), expected)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
@@ -225,11 +231,11 @@ def step(number: int, rank: int = 0, world: int = 1):
 
 
 @pytest.fixture
-def metrics(tmp_path) -> Metrics:
-    return Metrics(tmp_path / "metrics.jsonl", packed_plan(LENGTHS, 1, 2, BATCH, 1, 2048))
+def metrics(tmp_path) -> MetricsFile:
+    return MetricsFile(tmp_path / "metrics.jsonl", packed_plan(LENGTHS, 1, 2, BATCH, 1, 2048))
 
 
-def read(metrics: Metrics) -> list[dict]:
+def read(metrics: MetricsFile) -> list[dict]:
     return [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 

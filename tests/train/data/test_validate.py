@@ -12,8 +12,17 @@ from modelscope_dolly.errors import DollyError, SettingError
 from modelscope_dolly.prompt import CONTROL_KEYS, END_KEY, END_OF_TEXT, RESPONSE_KEY, DollyTokenizer
 from tests.support.paths import SHARED_DATA, needs_shared_data
 from tests.support.record_files import BOM, GOOD, as_csv, examples, jsonl, write
-from train.data.records import DROPPED, NOTED, Checked, Problem, Record, Report, check_records, split
 from train.data.sources import FIELDS, read_records
+from train.data.validate import (
+    DROPPED,
+    NOTED,
+    CheckedRecords,
+    DataReport,
+    RecordProblem,
+    TrainingRecord,
+    check_records,
+    split,
+)
 from train.nano import RECORDS
 
 
@@ -21,7 +30,7 @@ from train.nano import RECORDS
 def check(tmp_path, tokenizer):
     """Check the lines of a .jsonl file: rows, or bytes as they are."""
 
-    def run(*lines, max_length: int = 2048, **options) -> Checked:
+    def run(*lines, max_length: int = 2048, **options) -> CheckedRecords:
         data = b"".join(line + b"\n" if isinstance(line, bytes) else jsonl([line]) for line in lines)
         return check_records(read_records(write(tmp_path / "data.jsonl", data)), tokenizer, max_length, **options)
 
@@ -99,7 +108,7 @@ def test_bytes_that_are_no_utf8_spoil_only_their_own_csv_row(tmp_path, tokenizer
 def test_csv_rows_of_another_width_than_the_header(tmp_path, tokenizer):
     text = "instruction,response,category\nWhy, oh why?,So.,qa\n\nWhy?,So.\nWhy?\n,,\n"
     checked = check_records(read_records(write(tmp_path / "data.csv", text)), tokenizer, 2048)
-    assert checked.records == [Record("Why?", "", "So.", 4)]
+    assert checked.records == [TrainingRecord("Why?", "", "So.", 4)]
     assert [(problem.line, problem.kind) for problem in checked.report.problems] == [
         (2, "wrong_type"),
         (5, "missing"),
@@ -111,7 +120,7 @@ def test_csv_rows_of_another_width_than_the_header(tmp_path, tokenizer):
 def test_the_limit_is_that_of_the_public_recipe(check, tokenizer):
     ids, prompt = tokenizer.encode_example(**GOOD)
     kept = check(GOOD, max_length=len(ids) + 1)
-    assert (kept.ids, kept.lengths, kept.prompt_lengths) == ([ids], [len(ids)], [prompt])
+    assert (kept.ids, kept.prompt_lengths) == ([ids], [prompt])
     with pytest.raises(DollyError, match=r"none of the 1 records is usable \(too_long 1\): line 1: .*Repair them"):
         check(GOOD, max_length=len(ids))
     short = {"instruction": "a", "response": "b"}
@@ -202,10 +211,10 @@ def test_a_refusal_names_ten_and_counts_all(check):
 
 
 def test_a_lost_record_is_our_bug():
-    problem = Problem(1, "missing", "no response", "'a'")
-    Report("data", "", "line", (), 2, 1, 5, 2, 0, (problem,))
+    problem = RecordProblem(1, "missing", "no response", "'a'")
+    DataReport("data", "", "line", (), 2, 1, 5, 2, 0, (problem,))
     with pytest.raises(AssertionError, match="vanished"):
-        Report("data", "", "line", (), 3, 1, 5, 2, 0, (problem,))
+        DataReport("data", "", "line", (), 3, 1, 5, 2, 0, (problem,))
 
 
 # The split
@@ -272,7 +281,7 @@ def test_the_public_data_has_the_known_numbers():
     assert (report.rows, report.kept) == (15_015, 14_977)
     assert (report.tokens_kept, report.label_tokens_kept) == (2_948_863, 1_213_472)
     assert (report.tokens_kept, report.label_tokens_kept) == (
-        sum(checked.lengths),
+        sum(map(len, checked.ids)),
         sum(map(len, checked.ids)) - sum(checked.prompt_lengths),
     )
     assert report.tokens_kept + report.tokens_dropped == 3_071_684

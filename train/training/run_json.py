@@ -1,0 +1,69 @@
+"""run.json: for each start of a run every setting with its origin, the data, the plan, the hardware and the versions.
+
+publishing/run_metadata.py reads it for the model card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import modelscope_dolly
+from modelscope_dolly.files import read_json, write_atomically
+from train.config import Resolved, TrainConfig
+from train.planning.zero_stage import ZeroChoice
+from train.prepare import PreparedData
+from train.training.checkpoints import RunCheckpoint
+
+#: Settings that may change from start to start without a word.
+_UNRELATED = {"resume", "output_dir", "save_every", "keep_checkpoints", "report_to", "publish"}
+
+
+def record_start(
+    path: Path,
+    resolved: Resolved,
+    data: PreparedData,
+    choice: ZeroChoice,
+    base: dict[str, Any],
+    resume: RunCheckpoint | None,
+) -> None:
+    """Append this start of the run to run.json; `base` describes the base model."""
+    versions = {
+        name: sys.modules[name].__version__ for name in ("torch", "transformers", "deepspeed") if name in sys.modules
+    }
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "settings": dataclasses.asdict(resolved.config),
+        "origins": resolved.origins,
+        "data": {"dataset": resolved.config.dataset, "sha256": data.sha256},
+        "plan": data.summary() | {"order_hash": data.plan.order_hash},
+        "base": base,
+        "world": data.plan.world,
+        "hardware": {"name": choice.hardware.name, "gpus": choice.hardware.gpus},
+        "chosen": {
+            "dtype": choice.dtype,
+            "zero_stage": choice.stage,
+            "offload": choice.offload,
+            "checkpoint_activations": choice.recompute,
+        },
+        "reason": choice.reason,
+        "resumed_from": str(resume.path) if resume else None,
+        "versions": {"modelscope_dolly": modelscope_dolly.__version__, "python": platform.python_version(), **versions},
+    }
+    earlier = read_json(path)["starts"] if path.exists() else []
+    write_atomically(path, json.dumps({"starts": [*earlier, start]}, indent=2, ensure_ascii=False) + "\n")
+
+
+def changed_settings(path: Path, config: TrainConfig, resume: RunCheckpoint | None) -> list[str]:
+    """A line for each setting that differs from the last start; those that change the plan are refused elsewhere."""
+    if resume is None or not path.exists():
+        return []
+    before = read_json(path)["starts"][-1]["settings"]
+    now = dataclasses.asdict(config)
+    changed = [name for name in now if name not in _UNRELATED and before.get(name, now[name]) != now[name]]
+    return [f"changed since the last start: {name} was {before[name]!r}, is {now[name]!r}" for name in changed]
