@@ -84,6 +84,8 @@ def choose_dtype(
 ) -> Choice:
     """Number type of the weights on `device`.
 
+    A CPU computes in float32, so that an answer does not depend on the instructions that it has.
+
     Args:
         device: where the weights will be.
         requested: overrides the choice; None or "auto" leaves it to this function.
@@ -101,11 +103,9 @@ def choose_dtype(
         if capability >= _BF16_CAPABILITY:
             return Choice(torch.bfloat16, f"{name} computes it")
         return Choice(torch.float16, f"{name} (compute capability {capability[0]}.{capability[1]}) has no bfloat16")
-    if cpu_computes_bf16():
-        return Choice(torch.bfloat16, "this CPU computes it")
     if float32 > 0.8 * (free := free_memory()):
         return Choice(torch.bfloat16, f"float32 needs {gigabytes(float32)}, {gigabytes(free)} of memory are free")
-    return Choice(torch.float32, f"this CPU has no bfloat16 instructions{how}")
+    return Choice(torch.float32, f"exact{how}")
 
 
 def cpu_computes_bf16() -> bool:

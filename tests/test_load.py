@@ -135,7 +135,6 @@ def test_float32_is_taken_where_its_packed_weights_fit(level, dtype, stored_in_b
     packed = 2 * linear + 4 * (checkpoint.parameters - linear)
     monkeypatch.setattr(loading.cpu, "level", lambda: level)
     monkeypatch.setattr(loading, "cpu_computes_bf16", lambda: False)
-    monkeypatch.setattr(hardware, "cpu_computes_bf16", lambda: False)
     for free, expected in ((packed / 0.8 + 9, dtype), (packed / 0.8 - 9, torch.bfloat16), (1e15, torch.float32)):
         monkeypatch.setattr(hardware, "free_memory", lambda device=None, free=free: int(free))
         choice = loading.choose_number_type(checkpoint, torch.device("cpu"))

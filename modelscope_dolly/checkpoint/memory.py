@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
-from modelscope_dolly.hardware import cpu_computes_bf16
-from modelscope_dolly.kernels.quantized_linear import BYTES_PER_WEIGHT, METHODS, is_linear
+from modelscope_dolly.kernels.quantized_linear import BYTES_PER_WEIGHT, is_linear
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -18,8 +17,20 @@ if TYPE_CHECKING:
 SHAPES = {"3b": (2560, 32, 32), "7b": (4096, 32, 32), "12b": (5120, 36, 40)}
 VOCABULARY = 50280
 
-#: Format -> bytes of a number that is no linear weight, and how linear weights are kept (see bytes_per_weight).
-FORMATS = {"fp32": (4, None), "fp32/bf16": (4, "bf16"), "bf16": (2, None), "int8": (2, "int8"), "int4": (2, "int4")}
+
+class Format(NamedTuple):
+    """Bytes of a number that is no linear weight, how linear weights are kept (see bytes_per_weight), bytes of a key."""
+
+    itemsize: int
+    method: str | None
+    cache_itemsize: int
+
+
+#: As on a CPU, where int8 and int4 have float32 beside them and a bfloat16 cache; a GPU takes no more.
+FORMATS = {
+    "fp32": Format(4, None, 4), "fp32/bf16": Format(4, "bf16", 4), "bf16": Format(2, None, 2),
+    "int8": Format(4, "int8", 2), "int4": Format(4, "int4", 2),
+}  # fmt: skip
 #: Weights stored in bf16, multiplied in float32 by the compiled kernels: only the CPU has it.
 FP32_OVER_BF16 = "fp32/bf16"
 
@@ -70,11 +81,9 @@ def weight_bytes(config: GPTNeoXConfig, itemsize: int, method: str | None = None
 
 
 def memory_needs(config: GPTNeoXConfig) -> list[MemoryNeed]:
-    """One row per format. What is not quantised is in the number type that this CPU computes."""
+    """One row per format."""
     numbers = 2 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings  # of keys and values
-    rows = []
-    for name, (itemsize, method) in FORMATS.items():
-        if name in METHODS and not cpu_computes_bf16():
-            itemsize = 4
-        rows.append(MemoryNeed(name, weight_bytes(config, itemsize, method), numbers * itemsize))
-    return rows
+    return [
+        MemoryNeed(name, weight_bytes(config, kept.itemsize, kept.method), numbers * kept.cache_itemsize)
+        for name, kept in FORMATS.items()
+    ]
