@@ -66,6 +66,7 @@ def check_memory(run: BenchRun, variant: Variant) -> None:
     """
     if run.device.type != "cpu" or variant.engine in ("dolly", "llamacpp"):
         return
-    need, free = weight_bytes(run.config, *FORMATS[variant.dtype.replace("fp16", "bf16")]), free_memory()
+    kept = FORMATS[variant.dtype.replace("fp16", "bf16")]
+    need, free = weight_bytes(run.config, kept.itemsize, kept.method), free_memory()
     if need > free:
         raise DollyError(f"the weights need {gigabytes(need)} in {variant.dtype}, {gigabytes(free)} are free")

@@ -19,7 +19,7 @@ VOCABULARY = 50280
 
 
 class Format(NamedTuple):
-    """Bytes of a number that is no linear weight, how linear weights are kept (see bytes_per_weight), bytes of a key."""
+    """Bytes of a number that is no linear weight, how linear weights are kept, bytes of a number in the cache."""
 
     itemsize: int
     method: str | None

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modelscope_dolly import hardware
 from modelscope_dolly.benchmark import (
     draft_model_speed,
     engine_timing,
@@ -270,7 +269,7 @@ def test_rows_of_random_weights_never_repeat():
 
 
 def test_random_weights_that_do_not_fit_the_disk_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "free_disk", lambda _: 10**6)
+    monkeypatch.setattr("modelscope_dolly.files.free_disk", lambda _: 10**6)
     with pytest.raises(HardwareError, match=r"needs 0\.01 GB of disk, 0\.00 GB are free.*--keep"):
         synthetic_weights.make_checkpoint(synthetic_weights.parse_shape(TINY), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

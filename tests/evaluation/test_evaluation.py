@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from modelscope_dolly.checkpoint.writer import export_checkpoint
-from modelscope_dolly.cli.main import MODEL_VARIABLE, main
+from modelscope_dolly.cli import main
+from modelscope_dolly.cli.options import MODEL_VARIABLE
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.evaluation import evaluate as evaluation
 from modelscope_dolly.evaluation import model_under_test, store

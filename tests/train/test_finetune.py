@@ -242,7 +242,10 @@ MISTAKES = {
     "unknown flag": lambda at: (["--learning-rat", "1"], "'--learning-rat'. Did you mean '--learning-rate'?"),
     "abbreviated flag": lambda at: (["--learning", "1"], "unknown argument '--learning'"),
     "one word too many": lambda at: (["train"], "unknown argument 'train'"),
-    "flag without a value": lambda at: (["--epochs"], "argument --epochs: expected one argument; --help"),
+    "flag without a value": lambda at: (
+        ["--epochs"],
+        "--epochs: expected one argument; see train.finetune --help",
+    ),
     "no such logger": lambda at: (["--report-to", "tensorboard,paper"], "report_to names paper, which is not inst"),
     "no such checkpoint": lambda at: (["--resume", f"{at}/checkpoint-7"], "not a checkpoint directory"),
     "offload from no GPU": lambda at: (["--offload", "all"], "offload is 'all', but there is no GPU"),
