@@ -185,8 +185,8 @@ class _Loop:
 
     def work(self, engine: Engine, mailbox: _Mailbox) -> None:
         """Take steps until nothing is left to do."""
-        self.runner.net, self.runner.timer, self.runner.capture = engine.net, engine.timer, engine.capture
         while self._take(mailbox):
+            self.runner.net, self.runner.timer, self.runner.capture = engine.net, engine.timer, engine.capture
             try:
                 self._step()
             except Exception as error:  # of the device: nothing that runs can go on

@@ -187,19 +187,18 @@ def test_a_callback_that_raises_ends_its_own_call_alone(engine, requests, alone)
 
 
 def test_a_request_without_memory_for_its_keys_is_an_error_and_others_go_on(oracle, requests, alone, monkeypatch):
-    engine = our_engine(oracle)
-    per_place = engine.net.cache_bytes
-    monkeypatch.setattr("modelscope_dolly.engine.runner.free_memory", lambda device: 600 * per_place)
+    engine, sizes = our_engine(oracle), [0]
+
+    def free(device: torch.device) -> int:
+        cache = engine._loop.runner.cache
+        sizes.append(cache.slots * cache.length)
+        return (600 - sizes[-1]) * engine.net.cache_bytes
+
+    monkeypatch.setattr("modelscope_dolly.engine.runner.free_memory", free)
     with pytest.raises(HardwareError, match="no memory for the keys and values of 1004 tokens; use a smaller max_new"):
         engine.generate([Request(random_ids(1000, 1), 4, GREEDY)])
     assert engine.generate(requests, slots=24) == alone  # fewer at a time
-    sizes = []
-    monkeypatch.setattr(
-        engine._loop.runner.cache, "resize", lambda *size, resize=engine._loop.runner.cache.resize, **used: (
-            sizes.append(size[0] * size[1]), resize(*size, **used))
-    )  # fmt: skip
-    engine.generate(requests, slots=24)
-    assert 0 < max(sizes) <= 540
+    assert 2 * 64 < max(sizes) <= 600
 
 
 def test_statistics_are_those_of_the_caller(engine, requests):
