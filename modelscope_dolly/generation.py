@@ -217,15 +217,20 @@ class TextGenerator:
                 streams.append(stream)
                 proposer = self._prompt_lookup if lookup else None
                 requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, stream.push, proposer))
+        shown = [""] * len(requests)
+        counts = [0] * len(requests)
         for token in self.engine.run(requests, slots):
             stream = streams[token.index]
+            counts[token.index] += token.id not in requests[token.index].stop_ids
             if token.finish_reason:
                 stream.finish()
-            if token.finish_reason or stream.grew:
+            text = stream.text if token.finish_reason else stream.texts.popleft()
+            if token.finish_reason or text != shown[token.index]:
+                shown[token.index] = text
                 prompt = prompts[token.index // settings.num_return_sequences]
                 head = f"{prompt.instruction}\n" if settings.return_full_text else ""
-                counts = len(stream.ids), len(requests[token.index].ids)
-                yield Update(token.index, head + stream.text, token.finish_reason, *counts)
+                used = len(requests[token.index].ids)
+                yield Update(token.index, head + text, token.finish_reason, counts[token.index], used)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> list[list[Update]]:
         """The last update of each answer, grouped by prompt."""

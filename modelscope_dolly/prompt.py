@@ -118,6 +118,14 @@ class DollyTokenizer:
         self._text.no_truncation()
         self._text.no_padding()
         self._text.encode_special_tokens = True
+        self._bytes: dict[int, bytes] = {}
+        self._special = {id for id, token in self._text.get_added_tokens_decoder().items() if token.special}
+        from tokenizers.decoders import ByteLevel
+
+        decoder = self._text.decoder
+        if not isinstance(decoder, ByteLevel):
+            found = type(decoder).__name__ if decoder is not None else "missing"
+            raise CheckpointError(f"tokenizer.json: the decoder is {found}, that of a dolly model is ByteLevel")
         leaked = [key for key in (*CONTROL_KEYS, END_OF_TEXT) if set(self.encode_text(key)) & set(self.special_ids)]
         if leaked:
             raise CheckpointError(
@@ -148,9 +156,37 @@ class DollyTokenizer:
         prompt = self.encode(instruction, context)
         return [*prompt, *self.encode_text(f"{response}\n\n"), self.control.end], len(prompt)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text; nothing for a special token, or an id that stands for none.
+
+        The bytes of some ids, decoded with replacement characters, are `decode` of these ids.
+        """
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._bytes_of(token_id)
+        return self._bytes[token_id]
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        token = self._text.id_to_token(token_id)
+        if token is None or token_id in self._special:
+            return b""
+        try:
+            return bytes(_BYTE_OF[character] for character in token)
+        except KeyError:  # a token that was added as it is written
+            return token.encode("utf-8")
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids without special tokens, otherwise unchanged; incomplete UTF-8 becomes U+FFFD."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that a byte-level BPE writes for each byte (GPT-2, encoder.py, bytes_to_unicode)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 def _single_token(tokenizer: PreTrainedTokenizerFast, key: str) -> int:

@@ -1,51 +1,59 @@
-"""From the ids of an answer, as they are drawn, to text that only grows (detokenisation)."""
+"""From the ids of an answer, as they are drawn, to text that only grows (incremental detokenisation)."""
 
 from __future__ import annotations
 
+import codecs
+from collections import deque
+
 from modelscope_dolly.prompt import DollyTokenizer
+
+_REPLACEMENT = "\ufffd"
 
 
 class TextStream:
     """The text of one answer.
 
-    `push` takes an id. `text` only ever grows: it holds back half a UTF-8 character, white space at the end, and
-    whatever might still become a stop string. Control tokens never show. After the last id, `finish` makes `text` the
-    whole answer, stripped as the reference does.
+    `push` takes an id; what it costs does not grow with the answer. `text` only ever grows: it holds back half a UTF-8
+    character, white space at the end, and whatever might still become a stop string. Control tokens never show. After
+    the last id, `finish` makes `text` the whole answer, stripped as the reference does.
 
     Args:
-        tokenizer: decodes. Its decoder is byte-level: the text of the first ids is a beginning of the whole text, but
-            for an unfinished character at its end.
+        tokenizer: whose tokens are bytes.
         stop: strings that end the answer; the text before the first one is the answer.
 
     Attributes:
-        ids: that were pushed.
         text: so far.
-        grew: whether the last push changed `text`.
+        texts: `text` after each push, for a reader in another thread, who takes them from the left.
     """
 
     def __init__(self, tokenizer: DollyTokenizer, stop: tuple[str, ...] = ()):
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self.ids: list[int] = []
+        self._tokenizer, self._stop = tokenizer, stop
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # decoded, and not shown yet; a stop string that is still to come begins in here or later
         self.text = ""
-        self.grew = False
+        self.texts: deque[str] = deque()
 
     def push(self, token_id: int) -> bool:
         """Take the next id; True when a stop string has ended the answer."""
-        self.ids.append(token_id)
-        decoded = self._tokenizer.decode(self.ids).rstrip("\ufffd")
-        end = self._first_stop(decoded)
-        if end is None:
-            decoded = decoded[: len(decoded) - self._possible_stop(decoded)]
-        text = decoded[:end].strip()
-        self.grew = text != self.text
-        self.text = text
+        self._held += self._bytes.decode(self._tokenizer.token_bytes(token_id))
+        settled = self._held.rstrip(_REPLACEMENT)
+        end = self._first_stop(settled)
+        self._show(settled[: len(settled) - self._possible_stop(settled)] if end is None else settled[:end])
+        self.texts.append(self.text)
         return end is not None
 
     def finish(self) -> None:
         """No more ids will come."""
-        decoded = self._tokenizer.decode(self.ids)
-        self.text = decoded[: self._first_stop(decoded)].strip()
+        self._held += self._bytes.decode(b"", final=True)
+        self._show(self._held[: self._first_stop(self._held)])
+        self._held = ""
+
+    def _show(self, settled: str) -> None:
+        """Add the beginning of what is held, but for white space around the text."""
+        shown = settled.rstrip()
+        kept = self._held[len(shown) :] if self.text or shown else self._held[len(settled) :]
+        self.text += shown if self.text else shown.lstrip()
+        self._held = kept
 
     def _first_stop(self, text: str) -> int | None:
         """Where the first stop string begins."""

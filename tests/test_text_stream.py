@@ -17,9 +17,8 @@ def stream(tokenizer: DollyTokenizer, ids: list[int], stop: tuple[str, ...] = ()
     answer = TextStream(tokenizer, stop)
     texts, ended = [], False
     for token_id in ids:
-        before = answer.text
         ended = answer.push(token_id)
-        assert answer.grew == (answer.text != before)
+        assert answer.texts.popleft() == answer.text
         texts.append(answer.text)
         if ended:
             break
@@ -33,7 +32,7 @@ def first_stop(text: str, stop: tuple[str, ...]) -> int | None:
 
 def assert_streams(tokenizer: DollyTokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> None:
     answer, texts, ended = stream(tokenizer, ids, stop)
-    whole = tokenizer.decode(answer.ids)
+    whole = tokenizer.decode(ids[: len(texts)])
     assert answer.text == whole[: first_stop(whole, stop)].strip()
     assert all(not text or answer.text.startswith(text) for text in texts)  # so no half character is ever shown
     assert all(len(a) <= len(b) for a, b in itertools.pairwise(texts))
@@ -42,7 +41,7 @@ def assert_streams(tokenizer: DollyTokenizer, ids: list[int], stop: tuple[str, .
     settled = [tokenizer.decode(ids[: n + 1]).rstrip("\ufffd") for n in range(len(ids))]
     complete = [n for n, text in enumerate(settled) if first_stop(text, stop) is not None]
     assert ended == bool(complete)
-    assert len(answer.ids) == (complete[0] + 1 if complete else len(ids))
+    assert len(texts) == (complete[0] + 1 if complete else len(ids))
 
 
 @examples

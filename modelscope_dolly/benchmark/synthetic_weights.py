@@ -95,7 +95,7 @@ def _tokenizer() -> DollyTokenizer:
     alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.capture = decoders.ByteLevel()
+    backend.decoder = decoders.ByteLevel()
     keys = [AddedToken(key, special=True, normalized=False) for key in (END_OF_TEXT, *CONTROL_KEYS)]
     backend.add_special_tokens(keys)
     return DollyTokenizer(

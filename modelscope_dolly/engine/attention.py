@@ -4,8 +4,8 @@
 |-------------------------------|-----------------------------------------|----------------------------------------|
 | decode, verification          | CPU with the compiled library           | kernels/cpu.py, no mask                |
 | decode, verification          | elsewhere                               | torch, slots as a rectangle with a mask |
-| prompts                       | CUDA, half precision, Ampere or newer   | kernels/varlen_attention.py, one call  |
-| prompts                       | elsewhere                               | torch, prompt by prompt                |
+| whole prompts                 | CUDA, half precision, Ampere or newer   | kernels/varlen_attention.py, one call  |
+| prompts, chunks of prompts    | elsewhere                               | torch, prompt by prompt                |
 
 A captured step with fused kernels has its own, see gpt_neox_fused.py.
 """
@@ -41,7 +41,7 @@ def attend(
         return cpu.attend(qkv, cos, sin, inputs.slots, inputs.positions, keys, values)
     apply_rotary(qkv[:, :, :2], *inputs.rotary_tables(rotary, qkv.dtype))
     query, key, value = qkv.unbind(2)
-    if step.spans is not None and not varlen_attention.works(query):
+    if step.spans is not None and (any(span.start for span in step.spans) or not varlen_attention.works(query)):
         return _each_prompt(query, key, value, inputs, keys, values)
     keys[inputs.slots, :, inputs.positions] = key
     values[inputs.slots, :, inputs.positions] = value
@@ -59,11 +59,17 @@ def _each_prompt(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, inputs: DeviceStepInput,
     keys: torch.Tensor, values: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """One call of torch's attention per prompt: no padding, no mask."""
+    """One call of torch's attention per prompt, without padding; what is before a chunk comes from the cache."""
     out = query.new_empty(len(query), query[0].numel())
-    for slot, begin, end in inputs.step.spans or ():
+    for slot, begin, end, start in inputs.step.spans or ():
         q, k, v = (tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value))
-        keys[slot, :, : end - begin], values[slot, :, : end - begin] = k[0], v[0]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        stop = start + end - begin
+        keys[slot, :, start:stop], values[slot, :, start:stop] = k[0], v[0]
+        if start:
+            k, v = (cached[None, slot, :, :stop].to(q.dtype) for cached in (keys, values))
+            seen = torch.ones(end - begin, stop, dtype=torch.bool, device=q.device).tril_(start)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out[begin:end] = attended[0].transpose(0, 1).flatten(1)
     return out

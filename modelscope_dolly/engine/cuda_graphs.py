@@ -12,7 +12,7 @@ several. So a step is captured once for each batch size and replayed with a sing
    under a mask.
 4. Before a graph is used, its logits are compared with those of the ordinary step on the same input. One that fails,
    or differs by more than rounding, is given up with a warning; without any, the engine computes step by step.
-5. Graphs hold the addresses of a key/value cache. It is kept from run to run while it is large enough.
+5. Graphs hold the addresses of a key/value cache. It stays while it is large enough; with another, all are made anew.
 
 Capturing and replaying follow torch's manual ("CUDA graphs", torch.cuda.graph). Tests run all of this but the graph
 itself on the CPU; it has not run on a GPU yet.
@@ -23,8 +23,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -36,7 +35,7 @@ from modelscope_dolly.engine.sampling import draw
 from modelscope_dolly.engine.sequence import Sequence
 from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.engine.step_timer import StepTimer
-from modelscope_dolly.errors import HardwareError, SettingError, one_line, unknown_name
+from modelscope_dolly.errors import SettingError, one_line, unknown_name
 from modelscope_dolly.kernels import triton_decode
 from modelscope_dolly.kernels.self_test import distance
 
@@ -77,23 +76,29 @@ class GraphCapture:
         self.forwards: list[tuple[str, Forward]] = [("torch's kernels", self._plain)]  # the one in use is the first
         if decode_mode() == "fused" and can_fuse(net) and triton_decode.usable(device):
             self.forwards.insert(0, ("the fused kernels", self._fused))
-        self._kept: CapturedGraphs | None = None
+        self._graphs: CapturedGraphs | None = None
 
-    @contextmanager
-    def steps(self, slots: int, length: int) -> Iterator[CapturedGraphs]:
-        """Steps over a cache of at least that size, for one run; the cache of the last run if it is large enough."""
-        graphs, self._kept = self._kept, None  # a run at the same time makes its own
-        if graphs is None or graphs.cache.slots < slots or graphs.cache.length < length:
-            del graphs  # its memory may be what the new one needs
-            graphs = CapturedGraphs(self, self.net.new_cache(slots, length))
-        try:
-            yield graphs
-        except HardwareError:
-            raise  # numbers that are not finite may be in its cache
-        except BaseException:
-            self._kept = graphs
-            raise
-        self._kept = graphs
+    def slots(self, slots: int) -> int:
+        """A cache has as many slots as a graph has rows."""
+        return batch_size(slots)
+
+    def replay(
+        self, sequences: list[Sequence], cache: KVCache, timer: StepTimer, one_step: bool
+    ) -> list[list[int]] | None:
+        """See runner.StepCapture. Call it with gradients off and the device to itself."""
+        if self._graphs is None or self._graphs.cache is not cache or self._graphs.version != cache.version:
+            self._graphs = None  # its memory may be what the new ones need
+            self._graphs = CapturedGraphs(self, cache)
+        buffers = self._graphs.prepare(sequences)
+        if buffers is None:
+            return None
+        steps = 1
+        if not one_step and timer.knows(len(sequences)):
+            steps = burst(timer.seconds(len(sequences)), [sequence.remaining for sequence in sequences])
+        begun = time.perf_counter()
+        ids = buffers.run(sequences, steps)
+        timer.add(len(sequences), (time.perf_counter() - begun) / steps)
+        return ids
 
     def _plain(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
         return self.net(tokens, StepInput(positions, length=cache.length, padded=True), cache)
@@ -108,23 +113,10 @@ class CapturedGraphs:
     """The captured steps over one cache, by batch size and by what sampling needs."""
 
     def __init__(self, owner: GraphCapture, cache: KVCache):
-        self.cache = cache
+        self.cache, self.version = cache, cache.version
         self._owner = owner
         self._buffers: dict[tuple[int, bool, bool], StepBuffers] = {}
         self._checked: set[int] = set()  # batch sizes
-
-    def replay(self, sequences: list[Sequence], timer: StepTimer, one_step: bool) -> list[list[int]] | None:
-        """See runner.CapturedSteps. Call it with gradients off and the device to itself."""
-        buffers = self.prepare(sequences)
-        if buffers is None:
-            return None
-        steps = 1
-        if not one_step and timer.knows(len(sequences)):
-            steps = burst(timer.seconds(len(sequences)), [sequence.remaining for sequence in sequences])
-        begun = time.perf_counter()
-        ids = buffers.run(sequences, steps)
-        timer.add(len(sequences), (time.perf_counter() - begun) / steps)
-        return ids
 
     def prepare(self, sequences: list[Sequence]) -> StepBuffers | None:
         """What runs steps for these sequences: captured and checked if it is new (seconds).

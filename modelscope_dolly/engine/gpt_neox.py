@@ -93,9 +93,15 @@ class GPTNeoX(nn.Module):
         self.gpt_neox = Trunk(config)
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def new_cache(self, slots: int, length: int) -> KVCache:
+    def new_cache(self, slots: int = 0, length: int = 0) -> KVCache:
         """An empty key/value cache for this network."""
         return KVCache(slots, length, self.cache_dtype)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the key/value cache, for each place of a slot, in all layers."""
+        itemsize = (self.cache_dtype or self.gpt_neox.embed_in.weight.dtype).itemsize
+        return 2 * self.config.num_hidden_layers * self.config.hidden_size * itemsize
 
     def forward(self, tokens: torch.Tensor, step: StepInput, cache: KVCache) -> torch.Tensor:
         """tokens [N] -> logits [N', V] of the tokens that the step asks for: see StepInput.logit_rows."""

@@ -14,10 +14,14 @@ class KVCache:
         slots: B.
         length: places of a slot.
         dtype: of keys and values; None is that of the layer.
+
+    Attributes:
+        version: changes whenever the tensors are at other addresses.
     """
 
-    def __init__(self, slots: int, length: int, dtype: torch.dtype | None = None):
+    def __init__(self, slots: int = 0, length: int = 0, dtype: torch.dtype | None = None):
         self.slots, self.length, self.dtype = slots, length, dtype
+        self.version = 0
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer_cache(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,3 +38,23 @@ class KVCache:
         for keys, values in self._layers.values():
             keys[target].copy_(keys[source])
             values[target].copy_(values[source])
+
+    @torch.inference_mode()
+    def resize(self, slots: int, length: int, used: int = 0) -> None:
+        """Another number of slots and places; what the first `used` slots hold is kept, as far as it fits.
+
+        Layer by layer, so that no more than one layer is in memory twice.
+        """
+        if (slots, length) == (self.slots, self.length):
+            return
+        kept = min(length, self.length)
+        self.slots, self.length, self.version = slots, length, self.version + 1
+        if not used:
+            self._layers.clear()
+        for index, pair in self._layers.items():
+            resized = []
+            for old in pair:
+                new = old.new_zeros(slots, old.shape[1], length, old.shape[3])
+                new[:used, :, :kept].copy_(old[:used, :, :kept])
+                resized.append(new)
+            self._layers[index] = (resized[0], resized[1])

@@ -7,11 +7,9 @@ overwritten by the next step.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -19,81 +17,96 @@ import torch
 from modelscope_dolly.engine.gpt_neox import GPTNeoX
 from modelscope_dolly.engine.kv_cache import KVCache
 from modelscope_dolly.engine.scheduler import Batch
-from modelscope_dolly.engine.sequence import RunStats, Sequence
+from modelscope_dolly.engine.sequence import Sequence
 from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.engine.step_timer import StepTimer
 from modelscope_dolly.errors import HardwareError
-from modelscope_dolly.hardware import dtype_name
+from modelscope_dolly.hardware import dtype_name, free_memory
 
-
-class CapturedSteps(Protocol):
-    """Decode steps over one cache that run without the host; see cuda_graphs.py."""
-
-    cache: KVCache
-
-    def replay(self, sequences: list[Sequence], timer: StepTimer, one_step: bool) -> list[list[int]] | None:
-        """The next ids of each sequence, sequence i in slot i; None where nothing can be captured."""
+#: Cache lengths are rounded up to this, so that requests of about the same length reuse the allocator's blocks.
+CACHE_STEP = 64
+#: Share of the free memory that the key/value cache may take.
+CACHE_SHARE = 0.9
 
 
 class StepCapture(Protocol):
-    """Captures decode steps of one network.
+    """Captures decode steps of one network, to run without the host; see cuda_graphs.py.
 
     Attributes:
-        cache_step: cache lengths are multiples of this, so that runs of about the same length share captured steps.
+        cache_step: cache lengths are multiples of this, so that captured steps serve requests of about the same length.
     """
 
     cache_step: int
 
-    def steps(self, slots: int, length: int) -> AbstractContextManager[CapturedSteps]:
-        """For one run, over a cache of at least that size."""
+    def slots(self, slots: int) -> int:
+        """Slots that a cache should have, so that it is rarely resized."""
+
+    def replay(
+        self, sequences: list[Sequence], cache: KVCache, timer: StepTimer, one_step: bool
+    ) -> list[list[int]] | None:
+        """The next ids of each sequence, sequence i in slot i; None where nothing can be captured."""
 
 
-@dataclass
 class Runner:
-    """The steps of one run.
+    """Steps of a network over one key/value cache. Not for several threads.
 
-    Attributes:
-        net: the weights; runs share them, and nothing writes them.
+    Args:
+        net: the weights, which nothing writes.
         device: where token ids go in.
-        cache: keys and values of this run.
         timer: of decode steps.
-        stats: counts decode steps.
-        lock: one step at a time. Threads take turns instead of fighting for the same cores or the same stream, and
-            accelerate's hooks, which swap weights of an offloaded layer in and out, are not thread-safe.
-        captured: decode steps that run without the host.
+        capture: decode steps that run without the host.
     """
 
-    net: GPTNeoX
-    device: torch.device
-    cache: KVCache
-    timer: StepTimer
-    stats: RunStats
-    lock: threading.Lock
-    captured: CapturedSteps | None = None
+    def __init__(self, net: GPTNeoX, device: torch.device, timer: StepTimer, capture: StepCapture | None = None):
+        self.net, self.device, self.timer, self.capture = net, device, timer, capture
+        self.cache = net.new_cache()
 
-    def run(self, batch: Batch) -> list[Iterator[int]]:
-        """Take the step. For each sequence its next ids, which are drawn as they are asked for.
+    def fits(self, slots: int, length: int) -> bool:
+        """Whether there is memory for a cache of that size."""
+        slots, length = self._size(slots, length)
+        held = self.cache.slots * self.cache.length
+        if slots * length <= held:
+            return True
+        new = (slots * length - held) * self.net.cache_bytes
+        return new <= CACHE_SHARE * free_memory(self.device)
+
+    def reserve(self, used: int, slots: int, length: int) -> None:
+        """Make the cache at least that large; the first `used` slots keep what they hold."""
+        slots, length = self._size(slots, length)
+        if slots > self.cache.slots or length > self.cache.length:
+            with self._memory():
+                self.cache.resize(max(slots, self.cache.slots), max(length, self.cache.length), used)
+
+    def forget(self) -> None:
+        """Give the cache's memory back. Captured steps keep theirs: to capture takes seconds."""
+        if self.capture is None:
+            self.cache.resize(0, 0)
+
+    def reset(self) -> None:
+        """After an error: numbers that are not finite may be in the cache."""
+        self.cache.resize(0, 0)
+
+    def run(self, batch: Batch) -> tuple[list[Iterator[int]], int]:
+        """Take the step. For each part its next ids, which are drawn as they are asked for; and the number of steps.
 
         Raises:
             HardwareError: out of memory, or the network's output is not finite.
         """
-        if self.captured is not None and not batch.prefill and not any(batch.draft):
-            replayed = self._replay(batch)
-            if replayed is not None:
-                return replayed
-        tokens, step = _step_input(batch)
-        rows = self.forward(self.net, tokens, step, self.cache, self.timer).split(
-            [1 + len(draft) for draft in batch.draft]
-        )
-        self.stats.decode_steps += not batch.prefill
-        return [_draw(*drawn) for drawn in zip(batch.sequences, rows, batch.draft, strict=True)]
+        if self.capture is not None and not batch.prefill and not any(part.draft for part in batch.parts):
+            with self._memory():
+                ids = self.capture.replay(batch.sequences, self.cache, self.timer, batch.one_step)
+            if ids is not None:
+                return [_drawn(*pair) for pair in zip(batch.sequences, ids, strict=True)], len(ids[0])
+        tokens = [id for part in batch.parts for id in (*part.sequence.ids[part.begin : part.end], *part.draft)]
+        logits = self.forward(self.net, tokens, _step_input(batch), self.cache, self.timer)
+        rows = logits.split([1 + len(part.draft) for part in batch.parts])
+        return [_draw(part.sequence, row, part.draft) for part, row in zip(batch.parts, rows, strict=True)], 1
 
     def forward(
         self, net: GPTNeoX, tokens: list[int], step: StepInput, cache: KVCache, timer: StepTimer
     ) -> torch.Tensor:
         """One pass through `net`, which may be a draft network -> logits [N', V], see GPTNeoX.forward."""
-        # inference_mode stays inside the step: around a `yield` it would leak into the caller's code.
-        with self._alone():
+        with self._memory():
             begun = time.perf_counter()
             logits = net(torch.tensor(tokens, device=self.device), step, cache)
             check_finite(bool(torch.isfinite(logits).all()), logits, self.device)  # waits for the device
@@ -101,20 +114,17 @@ class Runner:
                 timer.add(len(tokens), time.perf_counter() - begun)
             return logits
 
-    def _replay(self, batch: Batch) -> list[Iterator[int]] | None:
-        assert self.captured is not None
-        with self._alone():
-            ids = self.captured.replay(batch.sequences, self.timer, batch.one_step)
-        if ids is None:
-            return None
-        self.stats.decode_steps += len(ids[0])
-        return [_drawn(*pair) for pair in zip(batch.sequences, ids, strict=True)]
+    def _size(self, slots: int, length: int) -> tuple[int, int]:
+        if self.capture is not None:
+            slots = self.capture.slots(slots)
+        step = self.capture.cache_step if self.capture else CACHE_STEP
+        return slots, min(self.net.config.max_position_embeddings, -(-length // step) * step)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _memory(self) -> Iterator[None]:
         """Around a step; says what took the memory if it runs out."""
         try:
-            with self.lock, torch.inference_mode():
+            with torch.inference_mode():
                 yield
         except torch.OutOfMemoryError as error:
             raise HardwareError(
@@ -123,19 +133,13 @@ class Runner:
             ) from error
 
 
-def _step_input(batch: Batch) -> tuple[list[int], StepInput]:
-    """Tokens of the step, and where they belong."""
+def _step_input(batch: Batch) -> StepInput:
+    """Where the tokens of the step belong."""
     if batch.prefill:
-        prompts = [sequence.request.ids for sequence in batch.sequences]
-        return [id for ids in prompts for id in ids], StepInput.prefill([len(ids) for ids in prompts], batch.first_slot)
-    positions = [len(sequence.ids) - 1 for sequence in batch.sequences]
-    tokens = [
-        id for sequence, draft in zip(batch.sequences, batch.draft, strict=True) for id in (sequence.ids[-1], *draft)
-    ]
-    if not any(batch.draft):
-        return tokens, StepInput.decode(positions)
-    counts = [1 + len(draft) for draft in batch.draft]
-    return tokens, StepInput.verify(list(zip(range(len(positions)), positions, counts, strict=True)))
+        return StepInput.chunks([(part.slot, part.begin, part.end) for part in batch.parts])
+    if not any(part.draft for part in batch.parts):
+        return StepInput.decode([part.begin for part in batch.parts])
+    return StepInput.verify([(part.slot, part.begin, 1 + len(part.draft)) for part in batch.parts])
 
 
 def _draw(sequence: Sequence, logits: torch.Tensor, draft: list[int]) -> Iterator[int]:

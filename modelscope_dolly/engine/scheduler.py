@@ -1,17 +1,18 @@
-"""What runs next: which requests get a slot, and whether a step prefills their prompts or decodes all that run.
+"""What runs next: which requests get a slot, and whether a step prefills prompts or decodes all that run.
 
-Plain Python over counts and lists. Answers of dolly end after 5 to 256 tokens, so a slot whose sequence has ended is
-given the next request at once instead of waiting for its neighbours (continuous batching; Yu et al. 2022, "Orca").
+Plain Python over counts and lists. Requests of all callers wait in order of arrival. Answers of dolly end after 5 to
+256 tokens, so a slot whose sequence has ended is given the next request at once (continuous batching; Yu et al. 2022,
+"Orca"). While others decode, prompts are read in chunks between their steps (chunked prefill; Agrawal et al. 2023,
+arXiv:2308.16369). Chunks begin at multiples of a fixed length, so that a sequence is computed alike under any load.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
-from modelscope_dolly.engine.sequence import Request, RunStats, Sequence, Token
+from modelscope_dolly.engine.sequence import Sequence, Token
 
 #: Prompts prefilled together hold at most this many tokens, which bounds the memory of a step.
 PREFILL_TOKENS = 2048
@@ -33,93 +34,194 @@ class Speculation(Protocol):
         """A sequence has changed its slot."""
 
 
-@dataclass(frozen=True)
-class Batch:
+class Part(NamedTuple):
+    """What a step does for one sequence: `begin` to `end` of its prompt, or its newest token and draft tokens."""
+
+    sequence: Sequence
+    slot: int
+    begin: int
+    end: int
+    draft: list[int]
+
+
+class Batch(NamedTuple):
     """One step.
 
     Attributes:
-        prefill: whether whole prompts are read; otherwise each sequence continues from its newest token.
-        first_slot: slot of the first sequence; the others follow.
-        sequences: that take part.
-        draft: for each sequence the draft tokens to verify; all empty for a prefill.
+        prefill: whether prompts are read; otherwise each sequence continues from its newest token.
+        parts: of the step; of a decode step part i is in slot i.
         one_step: draft tokens may come, so that no further step may follow before the host has seen this one.
     """
 
     prefill: bool
-    first_slot: int
-    sequences: list[Sequence]
-    draft: list[list[int]]
+    parts: list[Part]
     one_step: bool = False
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [part.sequence for part in self.parts]
 
 
 class Scheduler:
-    """Requests of a run, in order of arrival.
+    """Sequences that wait and that run.
 
     Args:
-        requests: to be answered.
-        slots: sequences that run at the same time; sequence i of `running` holds slot i.
-        stats: counts what is done.
+        slots: sequences that run at the same time.
+        chunk: tokens of a prompt that are read between two decode steps of the others.
+        fits: whether there is memory for so many slots of such a length.
         speculation: proposes draft tokens for decode steps.
+
+    Attributes:
+        waiting: in order of arrival.
+        running: sequence i holds slot i; those that decode stand before those whose prompts are not read yet.
     """
 
-    def __init__(self, requests: list[Request], slots: int, stats: RunStats, speculation: Speculation | None = None):
-        self.slots, self.stats, self.speculation = slots, stats, speculation
-        self.waiting = deque(enumerate(requests))
+    def __init__(
+        self,
+        slots: int,
+        chunk: int = PREFILL_TOKENS,
+        fits: Callable[[int, int], bool] = lambda slots, length: True,
+        speculation: Speculation | None = None,
+    ):
+        self.slots, self.chunk, self._fits, self.speculation = slots, chunk, fits, speculation
+        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._read = 0  # tokens of prompts since the last decode step
 
     @property
-    def finished(self) -> bool:
+    def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def schedule(self) -> Batch:
-        """Prefill for free slots comes first; otherwise all running sequences decode."""
-        admitted = self._admit()
-        if admitted:
-            self.running.extend(admitted)
-            self.stats.prefill_steps += 1
-            self.stats.prefill_tokens += sum(len(sequence.request.ids) for sequence in admitted)
-            return Batch(True, len(self.running) - len(admitted), admitted, [[] for _ in admitted])
-        if self.speculation is None or not self.speculation.may_propose(self.running):
-            return Batch(False, 0, list(self.running), [[] for _ in self.running])
-        draft = self.speculation.propose(self.running)
-        self.stats.proposed += sum(map(len, draft))
-        return Batch(False, 0, list(self.running), draft, one_step=True)
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
 
-    def postprocess(self, batch: Batch, sampled: list[Iterator[int]]) -> Iterator[Token]:
-        """Give each sequence its new tokens, drawn as they are taken."""
-        for sequence, draft, tokens in zip(batch.sequences, batch.draft, sampled, strict=True):
+    def schedule(self) -> Batch | None:
+        """The next step; None where nothing can run, because not even the first request has memory."""
+        self._admit()
+        if not self.running:
+            return None
+        parts = self._chunks()
+        if parts:
+            self._read += sum(part.end - part.begin for part in parts)
+            return Batch(True, parts)
+        self._read = 0
+        decoding = [sequence for sequence in self.running if sequence.decodes]
+        if self.speculation is None or not self.speculation.may_propose(decoding):
+            return Batch(False, [_decode(slot, sequence, []) for slot, sequence in enumerate(decoding)])
+        drafts = self.speculation.propose(decoding)
+        parts = [_decode(slot, *pair) for slot, pair in enumerate(zip(decoding, drafts, strict=True))]
+        return Batch(False, parts, one_step=True)
+
+    def postprocess(
+        self, batch: Batch, sampled: list[Iterator[int]], steps: int = 1
+    ) -> Iterator[tuple[Sequence, Token | Exception]]:
+        """Give each sequence its new tokens. A sequence whose on_token raises ends with the exception instead.
+
+        Args:
+            batch: that was computed.
+            sampled: tokens for each part; none where its prompt goes on.
+            steps: that were computed in one go.
+        """
+        self._count(batch, steps)
+        for (sequence, _, _, end, draft), tokens in zip(batch.parts, sampled, strict=True):
+            if batch.prefill:
+                sequence.prefilled = end
+                if not sequence.decodes:
+                    continue
             length = len(sequence.ids)
-            for token in sequence.append(tokens):
-                self.stats.decode_tokens += not batch.prefill
-                yield token
-            if draft:
+            try:
+                for token in sequence.append(tokens):
+                    sequence.group.stats.decode_tokens += not batch.prefill
+                    yield sequence, token
+            except Exception as error:
+                sequence.finish_reason = "cancelled"
+                yield sequence, error
+            if draft and self.speculation is not None:
                 accepted = _accepted(draft, sequence.ids[length:])
-                self.stats.accepted += accepted
+                sequence.group.stats.proposed += len(draft)
+                sequence.group.stats.accepted += accepted
                 self.speculation.observe(sequence, length, len(draft), accepted)
 
     def release(self) -> Iterator[tuple[int, int]]:
-        """Free the slots of ended sequences. Yields (source, target) of each sequence that moves into a hole.
+        """Free the slots of sequences that have ended, and forget those that wait and were cancelled.
 
-        The last running sequence moves, so that slots in use stay at the front.
+        Yields (source, target) of each sequence that changes its slot, in an order in which they can be copied.
         """
+        if any(sequence.finish_reason for sequence in self.waiting):
+            self.waiting = deque(sequence for sequence in self.waiting if not sequence.finish_reason)
         for slot in reversed(range(len(self.running))):
             if self.running[slot].finish_reason:
-                last = self.running.pop()
-                if slot < len(self.running):
-                    self.running[slot] = last
-                    if self.speculation is not None:
-                        self.speculation.move(len(self.running), slot)
-                    yield len(self.running), slot
+                yield from self._free(slot)
+        # those whose prompts have been read stand first
+        decoding = sum(sequence.decodes for sequence in self.running)
+        assert all(sequence.decodes for sequence in self.running[:decoding]), "prompts are read in the order of slots"
 
-    def _admit(self) -> list[Sequence]:
-        """Take requests for free slots, as many as one prefill may hold."""
-        admitted: list[Sequence] = []
-        free, room = self.slots - len(self.running), PREFILL_TOKENS
-        while self.waiting and len(admitted) < free and (not admitted or len(self.waiting[0][1].ids) <= room):
-            sequence = Sequence(*self.waiting.popleft())
-            admitted.append(sequence)
-            room -= len(sequence.request.ids)
-        return admitted
+    def _free(self, slot: int) -> Iterator[tuple[int, int]]:
+        ended = self.running[slot]
+        ended.group.running -= 1
+        decoding = sum(sequence.decodes for sequence in self.running)
+        if ended.decodes and slot < decoding - 1:
+            self.running[slot] = self.running[decoding - 1]
+            yield self._moved(decoding - 1, slot)
+            slot = decoding - 1
+        del self.running[slot]
+        for source in range(slot + 1, len(self.running) + 1):  # those that wait for their prompts keep their order
+            yield self._moved(source, source - 1)
+
+    def _moved(self, source: int, target: int) -> tuple[int, int]:
+        if self.speculation is not None:
+            self.speculation.move(source, target)
+        return source, target
+
+    def _admit(self) -> None:
+        """Give free slots to requests in order of arrival, as far as memory goes.
+
+        A group that runs at its limit lets those behind it pass.
+        """
+        longest = max((sequence.request.length for sequence in self.running), default=0)
+        left: deque[Sequence] = deque()
+        while self.waiting and len(self.running) < self.slots:
+            sequence = self.waiting.popleft()
+            if sequence.group.running >= sequence.group.limit:
+                left.append(sequence)
+                continue
+            length = max(longest, sequence.request.length)
+            if not self._fits(len(self.running) + 1, length):
+                left.append(sequence)
+                break
+            longest = length
+            sequence.group.running += 1
+            self.running.append(sequence)
+        self.waiting.extendleft(reversed(left))
+
+    def _chunks(self) -> list[Part]:
+        """Parts of prompts to read now, in order of arrival: up to a chunk between two decode steps."""
+        alone = not any(sequence.decodes for sequence in self.running)
+        room = PREFILL_TOKENS if alone else self.chunk - self._read
+        parts: list[Part] = []
+        for slot, sequence in enumerate(self.running):
+            begin, prompt = sequence.prefilled, len(sequence.request.ids)
+            while begin < prompt:
+                end = min(prompt, (begin // self.chunk + 1) * self.chunk)
+                if end - begin > room and (parts or not alone):
+                    return parts
+                parts.append(Part(sequence, slot, begin, end, []))
+                room -= end - begin
+                begin = end
+        return parts
+
+    def _count(self, batch: Batch, steps: int) -> None:
+        for group in {sequence.group for sequence in batch.sequences}:
+            if batch.prefill:
+                group.stats.prefill_steps += 1
+            else:
+                group.stats.decode_steps += steps
+        for part in batch.parts if batch.prefill else ():
+            part.sequence.group.stats.prefill_tokens += part.end - part.begin
+
+
+def _decode(slot: int, sequence: Sequence, draft: list[int]) -> Part:
+    return Part(sequence, slot, len(sequence.ids) - 1, len(sequence.ids), draft)
 
 
 def _accepted(draft: list[int], new: list[int]) -> int:

@@ -28,7 +28,7 @@ class Request:
         max_new_tokens: at least 1.
         sampling: how tokens are drawn.
         stop_ids: end the sequence; such an id is its last one.
-        on_token: called with each new id but a stop id; True ends the sequence.
+        on_token: called with each new id but a stop id, in the engine's thread; True ends the sequence.
         proposer: makes a proposer of draft tokens from the prompt; it changes the speed alone.
     """
 
@@ -38,6 +38,11 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     on_token: Callable[[int], bool] | None = None
     proposer: Callable[[list[int]], Proposer] | None = None
+
+    @property
+    def length(self) -> int:
+        """Places in the key/value cache that it may need."""
+        return len(self.ids) + self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,11 @@ class Token:
 
 @dataclass
 class RunStats:
-    """What a run did, for benchmarks.
+    """What was done for the requests of one caller, for benchmarks.
 
     Attributes:
-        prefill_steps, prefill_tokens: steps over prompts, and the tokens of the prompts.
-        decode_steps, decode_tokens: steps after that, and the tokens they added.
+        prefill_steps, prefill_tokens: steps over its prompts, and their tokens.
+        decode_steps, decode_tokens: steps after that which it took part in, and the tokens they added for it.
         proposed, accepted: draft tokens that were verified, and those of them that were kept.
     """
 
@@ -68,28 +73,50 @@ class RunStats:
 
     @property
     def steps(self) -> int:
-        """Passes through the network."""
+        """Passes through the network that its sequences took part in."""
         return self.prefill_steps + self.decode_steps
 
 
-class Sequence:
-    """A request that holds a slot.
+class Group:
+    """Requests that were submitted together.
 
     Attributes:
-        index: of the request.
-        request: what was asked.
-        ids: of the prompt and the new tokens so far; keys and values of the newest one are not in the cache yet.
-        sampler: draws the next token.
-        proposer: of draft tokens, or None.
-        finish_reason: as in Token; None while it runs.
+        limit: sequences of it that may run at the same time.
+        stats: what was done for it.
+        running: sequences of it that hold a slot.
     """
 
-    def __init__(self, index: int, request: Request):
-        self.index, self.request = index, request
+    def __init__(self, limit: int, stats: RunStats | None = None):
+        self.limit, self.stats = limit, stats or RunStats()
+        self.running = 0
+
+
+class Sequence:
+    """A request on its way: waiting, then in a slot.
+
+    Attributes:
+        index: of the request in its group.
+        request: what was asked.
+        group: that it belongs to.
+        ids: of the prompt and the new tokens so far; keys and values of the newest one are not in the cache yet.
+        prefilled: tokens of the prompt whose keys and values are in the cache.
+        sampler: draws the next token.
+        proposer: of draft tokens, or None.
+        finish_reason: as in Token, or "cancelled"; None while it goes on.
+    """
+
+    def __init__(self, index: int, request: Request, group: Group):
+        self.index, self.request, self.group = index, request, group
         self.finish_reason: str | None = None
+        self.prefilled = 0
         self.ids = list(request.ids)
         self.sampler = Sampler(request.sampling, request.ids)
         self.proposer = request.proposer(self.ids) if request.proposer else None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its prompt is in the cache."""
+        return self.prefilled == len(self.request.ids)
 
     @property
     def remaining(self) -> int:

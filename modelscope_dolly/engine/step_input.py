@@ -16,11 +16,15 @@ from modelscope_dolly.engine.rotary import Rotary
 
 
 class Span(NamedTuple):
-    """A prompt among the tokens of a prefill."""
+    """A prompt, or a chunk of one, among the tokens of a prefill: tokens `begin` to `end` of the pass.
+
+    `start` is the position of the first of them; the positions before it are in the cache, or come earlier in the pass.
+    """
 
     slot: int
     begin: int
     end: int
+    start: int = 0
 
 
 class VerifySpan(NamedTuple):
@@ -58,6 +62,15 @@ class StepInput:
         ends = list(itertools.accumulate(lengths))
         spans = tuple(Span(first_slot + i, end - lengths[i], end) for i, end in enumerate(ends))
         return cls(torch.cat([torch.arange(length) for length in lengths]), spans=spans)
+
+    @classmethod
+    def chunks(cls, chunks: list[tuple[int, int, int]]) -> StepInput:
+        """(slot, first position, position behind the last) of parts of prompts, end to end without padding."""
+        ends = list(itertools.accumulate(end - start for _, start, end in chunks))
+        spans = tuple(
+            Span(slot, at - (end - start), at, start) for (slot, start, end), at in zip(chunks, ends, strict=True)
+        )
+        return cls(torch.cat([torch.arange(start, end) for _, start, end in chunks]), spans=spans)
 
     @classmethod
     def decode(cls, positions: list[int]) -> StepInput:

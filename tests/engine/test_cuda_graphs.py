@@ -98,14 +98,13 @@ def test_a_second_run_captures_nothing_anew_and_does_not_see_the_first(oracle, v
 def test_a_larger_run_makes_a_larger_cache(oracle, plain, varied, alone):
     engine = capturing(oracle)
     assert engine.generate(varied[:2], 1) == alone[:2]
-    small = engine.capture._kept.cache
+    cache = engine._loop.runner.cache
+    assert (cache.slots, cache.length) == (1, decode.CACHE_STEP)
     assert engine.generate(varied, 6) == alone
-    large = engine.capture._kept.cache
-    assert (small.slots, large.slots) == (1, 6)
-    assert large.length == decode.CACHE_STEP
+    assert engine._loop.runner.cache is cache and (cache.slots, cache.length) == (8, decode.CACHE_STEP)
     long = [Request(random_ids(decode.CACHE_STEP, 1), 4, GREEDY)]
     assert engine.generate(long) == plain.generate(long)
-    assert engine.capture._kept.cache.length == 2 * decode.CACHE_STEP
+    assert (cache.slots, cache.length) == (8, 2 * decode.CACHE_STEP)
 
 
 def test_several_steps_run_between_two_looks_and_nothing_follows_the_end(oracle, plain, monkeypatch):
@@ -152,12 +151,12 @@ def test_a_closed_run_leaves_the_graphs_for_the_next(oracle, varied, alone):
     run = engine.run(varied, 4)
     assert len(list(islice(run, 30))) == 30
     run.close()
-    kept = engine.capture._kept
-    assert kept is not None
-    assert engine.generate(varied, 4) == alone and engine.capture._kept is kept
+    assert engine.generate(varied[:1]) == alone[:1]  # behind it: what was closed is gone
+    kept = engine.capture._graphs
+    assert engine.generate(varied, 4) == alone and engine.capture._graphs is kept is not None
 
 
-def test_runs_at_the_same_time_do_not_share_a_cache(oracle, varied, alone):
+def test_runs_at_the_same_time_share_the_graphs(oracle, varied, alone):
     engine = capturing(oracle)
     first, second = engine.run(varied, 3), engine.run(varied, 3)
     answers: list[list[list[int]]] = [[[] for _ in varied] for _ in range(2)]
@@ -210,7 +209,7 @@ def test_a_forward_that_fails_for_one_batch_size_is_given_up_for_all(oracle, var
         0, ("the fast kernels", lambda *step: (wrong if len(step[0]) == 1 else plainly)(capture, *step))
     )
     assert engine.generate(varied, 4) == alone
-    assert {buffers._forward for buffers in capture._kept._buffers.values()} == {capture.forwards[0][1]}
+    assert {buffers._forward for buffers in capture._graphs._buffers.values()} == {capture.forwards[0][1]}
 
 
 def test_without_any_graph_the_engine_computes_step_by_step(oracle, varied, alone, caplog):
@@ -234,13 +233,15 @@ def test_output_that_is_not_finite_is_an_error_and_its_cache_is_not_kept(varied)
     model = random_model()
     engine = capturing(model)
     engine.generate(varied[:4], 4)
-    run = engine.run(varied[:4], 4)  # all prompts in one pass: what follows are captured steps
-    next(run)
+    version = engine._loop.runner.cache.version
     with torch.no_grad():
         model.lm_head.weight[7, 3] = float("nan")
     with pytest.raises(HardwareError, match="not finite in float32"):
-        list(run)
-    assert engine.capture._kept is None
+        engine.generate(varied[:4], 4)
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = 0.0
+    engine.generate(varied[:1])
+    assert engine._loop.runner.cache.version > version
 
 
 @pytest.mark.parametrize("penalised", [False, True])

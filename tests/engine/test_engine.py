@@ -190,15 +190,17 @@ def test_no_requests_make_no_tokens(engine, passes):
     assert passes == []
 
 
-def test_a_closed_run_stops_at_once_and_leaves_the_engine_usable(engine, passes, varied, alone):
+def test_a_closed_run_frees_its_slots_at_the_next_step(engine, passes, varied, alone):
     run = engine.run(varied, slots=4)
     for _ in range(7):
         next(run)
-    before = len(passes)
     run.close()
-    assert len(passes) == before
     assert next(run, None) is None
+    engine.generate([Request([1], 1, GREEDY)])  # behind it in the mailbox
+    assert engine._loop.scheduler.running == [] and not engine._loop.scheduler.waiting
+    before = len(passes)
     assert engine.generate(varied, slots=4) == alone
+    assert len(passes) > before
 
 
 def test_the_caller_runs_outside_inference_mode(engine, varied):

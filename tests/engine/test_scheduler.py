@@ -1,4 +1,4 @@
-"""What runs next: plain Python, driven here by any requests, slots and draft tokens without a network."""
+"""What runs next: plain Python, driven here by any callers, slots and draft tokens without a network."""
 
 from __future__ import annotations
 
@@ -10,106 +10,196 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelscope_dolly.engine import scheduler as module
-from modelscope_dolly.engine.scheduler import Batch, Scheduler
-from modelscope_dolly.engine.sequence import Request, RunStats, Sequence
+from modelscope_dolly.engine.scheduler import Batch, Part, Scheduler
+from modelscope_dolly.engine.sequence import Group, Request, Sequence
 from tests.support.source_imports import imports
 
 STOP = 7
 
 
-def answer(index: int) -> list[int]:
-    """What a scripted network says to request `index`, without end."""
-    rng = random.Random(index)
+def script(number: int) -> list[int]:
+    """What a scripted network says to request `number`, without end."""
+    rng = random.Random(number)
     return [rng.randrange(20) for _ in range(50)]
+
+
+def rest(sequence: Sequence) -> list[int]:
+    """What it will say next."""
+    return script(sequence.request.ids[0])[len(sequence.ids) - len(sequence.request.ids) :]
 
 
 def sampled(batch: Batch) -> list[Iterator[int]]:
     """The scripted tokens of a step, draft tokens kept while they are right."""
 
-    def tokens(sequence: Sequence, draft: list[int]) -> Iterator[int]:
-        script = answer(sequence.index)[len(sequence.ids) - len(sequence.request.ids) :]
-        for id, proposed in zip(script, (*draft, None), strict=False):
+    def tokens(part: Part) -> Iterator[int]:
+        for id, proposed in zip(rest(part.sequence), (*part.draft, None), strict=False):
             yield id
             if id != proposed:
                 return
 
-    return [tokens(*pair) for pair in zip(batch.sequences, batch.draft, strict=True)]
+    return [tokens(part) for part in batch.parts]
 
 
 class Guess:
-    """Proposes some right and some wrong draft tokens; keeps track of which sequence holds which slot."""
+    """Proposes some right and some wrong draft tokens."""
 
     def __init__(self, seed: int):
-        self.rng, self.held, self.observed = random.Random(seed), {}, 0
+        self.rng, self.accepted = random.Random(seed), 0
 
     def may_propose(self, sequences: list[Sequence]) -> bool:
         return True
 
     def propose(self, sequences: list[Sequence]) -> list[list[int]]:
-        self.held = {slot: sequence.index for slot, sequence in enumerate(sequences)}
-        drafts = []
-        for sequence in sequences:
-            script = answer(sequence.index)[len(sequence.ids) - len(sequence.request.ids) :]
-            count = self.rng.randint(0, max(0, min(4, sequence.remaining - 1)))
-            drafts.append([id if self.rng.random() < 0.7 else 21 for id in script[:count]])
-        return drafts
+        counts = [self.rng.randint(0, max(0, min(4, sequence.remaining - 1))) for sequence in sequences]
+        return [
+            [id if self.rng.random() < 0.7 else 21 for id in rest(sequence)[:count]]
+            for sequence, count in zip(sequences, counts, strict=True)
+        ]
 
     def observe(self, sequence: Sequence, length: int, proposed: int, accepted: int) -> None:
         assert 0 <= accepted <= proposed and len(sequence.ids) > length
-        self.observed += accepted
+        self.accepted += accepted
 
     def move(self, source: int, target: int) -> None:
         assert source > target
 
 
-@settings(deadline=None, max_examples=150)
-@given(
-    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), max_size=25),
-    st.integers(1, 8),
-    st.none() | st.integers(0, 5),
-)
-def test_every_request_gets_its_own_tokens_in_order_whatever_runs_beside_it(sizes, slots, seed):
-    requests = [Request([1] * prompt, new, stop_ids=frozenset({STOP})) for prompt, new in sizes]
-    stats, speculation = RunStats(), None if seed is None else Guess(seed)
-    scheduler = Scheduler(requests, slots, stats, speculation)
-    got: list[list[int]] = [[] for _ in requests]
-    admitted: list[int] = []
-    holders: dict[int, int] = {}  # slot -> sequence
-    while not scheduler.finished:
-        batch = scheduler.schedule()
-        assert 0 < len(scheduler.running) <= slots
-        if batch.prefill:
-            admitted.extend(sequence.index for sequence in batch.sequences)
-            assert batch.first_slot + len(batch.sequences) == len(scheduler.running)
-        else:  # slots are never idle while requests wait
-            assert len(scheduler.running) == slots or not scheduler.waiting
-            assert batch.sequences == scheduler.running
-        holders.update({batch.first_slot + i: sequence.index for i, sequence in enumerate(batch.sequences)})
-        for token in scheduler.postprocess(batch, sampled(batch)):
-            got[token.index].append(token.id)
+class Cache:
+    """Which positions of which sequence each slot holds."""
+
+    def __init__(self):
+        self.slots: dict[int, tuple[Sequence, int]] = {}
+
+    def run(self, batch: Batch, scheduler: Scheduler) -> None:
+        for place, part in enumerate(batch.parts):
+            if part.begin:
+                assert self.slots[part.slot] == (part.sequence, part.begin), "keys and values are somewhere else"
+            if not batch.prefill:
+                assert part.slot == place, "a decode step works on the first slots"
+            self.slots[part.slot] = (part.sequence, part.end)
+        assert all(scheduler.running[part.slot] is part.sequence for part in batch.parts)
+
+    def settle(self, scheduler: Scheduler) -> None:
+        """After a step: rejected draft tokens do not count, and some sequences have moved."""
+        for slot, (sequence, end) in self.slots.items():
+            self.slots[slot] = (sequence, end if not sequence.decodes else max(end, len(sequence.ids) - 1))
         for source, target in scheduler.release():
-            holders[target] = holders.pop(source)
-        # after the moves each sequence is where its keys and values are
-        assert all(holders[slot] == sequence.index for slot, sequence in enumerate(scheduler.running))
-    assert admitted == list(range(len(requests)))
-    for index, (request, ids) in enumerate(zip(requests, got, strict=True)):
-        script = answer(index)[: request.max_new_tokens]
-        assert ids == (script[: script.index(STOP) + 1] if STOP in script else script)
-    assert stats.prefill_tokens == sum(prompt for prompt, _ in sizes)
-    assert stats.decode_tokens == sum(map(len, got)) - len(got)
-    assert stats.accepted == (speculation.observed if speculation else 0) <= stats.proposed
+            if source in self.slots:
+                self.slots[target] = self.slots[source]
+
+
+CALLERS = st.lists(
+    st.tuples(
+        st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=6),  # its requests
+        st.integers(1, 4),  # its limit
+        st.integers(0, 20),  # steps until it comes
+        st.none() | st.integers(0, 15),  # steps until it goes away
+    ),
+    max_size=6,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(CALLERS, st.integers(1, 8), st.sampled_from([4, 16, 64]), st.none() | st.integers(0, 5), st.integers(60, 900))
+def test_every_request_gets_its_own_tokens_whoever_comes_and_goes_beside_it(callers, slots, chunk, seed, memory):
+    speculation = None if seed is None else Guess(seed)
+    scheduler = Scheduler(slots, chunk, lambda used, length: used == 1 or used * length <= memory, speculation)
+    cache, got, calls = Cache(), {}, []
+    number = step = 0
+    while step <= 20 or not scheduler.idle:
+        for requests, limit, arrival, leaves in callers:
+            if arrival == step:
+                group, sequences = Group(limit), []
+                for index, (prompt, new) in enumerate(requests):
+                    number += 1
+                    request = Request([number] * prompt, new, stop_ids=frozenset({STOP}))
+                    sequences.append(Sequence(index, request, group))
+                    scheduler.add(sequences[-1])
+                    got[sequences[-1]] = []
+                calls.append((group, sequences, None if leaves is None else step + leaves))
+        for _, sequences, leaves in calls:
+            if leaves == step:
+                for sequence in sequences:
+                    sequence.finish_reason = sequence.finish_reason or "cancelled"
+        cache.settle(scheduler)
+        batch = scheduler.schedule()
+        step += 1
+        assert step < 5000
+        if batch is None:
+            assert scheduler.idle
+            continue
+        assert 0 < len(scheduler.running) <= slots
+        assert all(group.running <= group.limit for group, _, _ in calls)
+        length = max(sequence.request.length for sequence in scheduler.running)
+        assert len(scheduler.running) == 1 or len(scheduler.running) * length <= memory
+        decodes = [sequence for sequence in scheduler.running if sequence.decodes]
+        if batch.prefill:
+            read = sum(part.end - part.begin for part in batch.parts)
+            assert read <= (chunk if decodes else max(module.PREFILL_TOKENS, chunk))
+            # chunks lie alike whatever runs beside them
+            assert all(part.begin % chunk == 0 and part.end - part.begin <= chunk for part in batch.parts)
+        else:
+            assert batch.sequences == decodes
+        cache.run(batch, scheduler)
+        for sequence, token in scheduler.postprocess(batch, sampled(batch)):
+            got[sequence].append(token.id)
+        cache.settle(scheduler)
+    for sequence, ids in got.items():
+        whole = script(sequence.request.ids[0])[: sequence.request.max_new_tokens]
+        whole = whole[: whole.index(STOP) + 1] if STOP in whole else whole
+        assert ids == (whole[: len(ids)] if sequence.finish_reason == "cancelled" else whole)
+        assert sequence.finish_reason
+    assert all(group.running == 0 for group, _, _ in calls)
+
+
+def run_alone(requests: list[Request], slots: int, **options) -> list[list[tuple[int, int]]]:
+    """(begin, end) of each part of each step."""
+    scheduler, steps = Scheduler(slots, **options), []
+    group = Group(slots)
+    for index, request in enumerate(requests):
+        scheduler.add(Sequence(index, request, group))
+    while not scheduler.idle:
+        batch = scheduler.schedule()
+        steps.append([(part.begin, part.end) for part in batch.parts])
+        list(scheduler.postprocess(batch, sampled(batch)))
+        list(scheduler.release())
+    return steps
 
 
 def test_prompts_are_admitted_up_to_the_limit_of_a_prefill(monkeypatch):
     monkeypatch.setattr(module, "PREFILL_TOKENS", 100)
-    scheduler = Scheduler([Request([1] * n, 1) for n in (60, 30, 20, 150, 5)], 8, RunStats())
-    batches = []
-    while not scheduler.finished:
+    steps = run_alone([Request([n] * n, 1) for n in (60, 30, 20, 150, 5)], 8, chunk=1000)
+    assert steps == [[(0, 60), (0, 30)], [(0, 20)], [(0, 150)], [(0, 5)]]
+
+
+def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_the_others():
+    first, long = Request([1] * 3, 9), Request([2] * 50, 2)
+    steps = run_alone([first, long], 2, chunk=20)
+    assert steps[0] == [(0, 3), (0, 20), (20, 40), (40, 50)]  # nobody waits for a step
+    scheduler, group = Scheduler(2, 20), Group(2)
+    scheduler.add(Sequence(0, first, group))
+    kinds = []
+    for number in range(8):
+        if number == 2:
+            scheduler.add(Sequence(1, long, group))
         batch = scheduler.schedule()
-        batches.append([len(sequence.request.ids) for sequence in batch.sequences])
+        kinds.append([(part.begin, part.end) for part in batch.parts] if batch.prefill else len(batch.parts))
         list(scheduler.postprocess(batch, sampled(batch)))
         list(scheduler.release())
-    assert batches == [[60, 30], [20], [150], [5]]
+    assert kinds == [[(0, 3)], 1, [(0, 20)], 1, [(20, 40)], 1, [(40, 50)], 2]
+
+
+def test_a_callback_that_raises_ends_its_own_sequence_alone():
+    def fail(token: int) -> bool:
+        raise KeyError("no")
+
+    scheduler, groups = Scheduler(2), (Group(1), Group(1))
+    scheduler.add(Sequence(0, Request([1], 5, on_token=fail), groups[0]))
+    scheduler.add(Sequence(0, Request([2], 5), groups[1]))
+    batch = scheduler.schedule()
+    (bad, error), (good, token) = scheduler.postprocess(batch, sampled(batch))
+    assert isinstance(error, KeyError) and bad.finish_reason == "cancelled"
+    assert good.finish_reason is None and token.id == script(2)[0]
 
 
 def test_the_scheduler_names_no_tensor():

@@ -1,4 +1,4 @@
-"""Speculative decoding of one run: which draft tokens each decode step verifies, and what is learnt from it.
+"""Speculative decoding: which draft tokens each decode step verifies, and what is learnt from it.
 
 A decode step reads all weights, so that a step over a few tokens takes about as long as a step over one where memory is
 the limit. Draft tokens come from the text so far (prompt_lookup.py) or from a smaller network (draft_model.py). The
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 from modelscope_dolly.engine.runner import Runner
 from modelscope_dolly.engine.scheduler import PREFILL_TOKENS
@@ -29,7 +30,7 @@ class SpeculativeDecoding:
     """The engine's `speculation`.
 
     Args:
-        runner: of the run; its network verifies.
+        runner: of the engine; its network verifies.
         draft: a smaller network that proposes where a sequence's own proposer promises less.
     """
 
@@ -37,8 +38,8 @@ class SpeculativeDecoding:
         self._timer, self._vocabulary = runner.timer, runner.net.config.vocab_size
         self._idle = 0  # steps since draft tokens were verified
         self._draft = DraftRun(draft, runner, PREFILL_TOKENS) if draft else None
-        self._states: dict[int, DraftState] = {}  # by index of the sequence
-        self._from_draft: set[int] = set()  # indices of sequences whose tokens of this step are from the draft network
+        self._states: WeakKeyDictionary[Sequence, DraftState] = WeakKeyDictionary()
+        self._from_draft: WeakSet[Sequence] = WeakSet()  # whose tokens of this step are from the draft network
 
     def may_propose(self, sequences: list[Sequence]) -> bool:
         return self._draft is not None or any(sequence.proposer is not None for sequence in sequences)
@@ -54,8 +55,8 @@ class SpeculativeDecoding:
         return drafts
 
     def observe(self, sequence: Sequence, length: int, proposed: int, accepted: int) -> None:
-        if sequence.index in self._from_draft:
-            self._states[sequence.index].observe(length, proposed, accepted)
+        if sequence in self._from_draft:
+            self._states[sequence].observe(length, proposed, accepted)
 
     def move(self, source: int, target: int) -> None:
         if self._draft is not None:
@@ -76,7 +77,7 @@ class SpeculativeDecoding:
     ) -> list[list[int]]:  # fmt: skip
         """The draft network's tokens instead of `drafts`, which promise `speed`, where that promises more."""
         offers = [proposal.probabilities for proposal in proposals]
-        states = [self._states.setdefault(sequence.index, DraftState()) for sequence in sequences]
+        states = [self._states.setdefault(sequence, DraftState()) for sequence in sequences]
         candidates = []
         for place, (sequence, state) in enumerate(zip(sequences, states, strict=True)):
             probabilities = state.offer(min(MAX_DRAFT_TOKENS, sequence.remaining - 1))
@@ -94,7 +95,7 @@ class SpeculativeDecoding:
         for place in candidates:
             if counts[place]:
                 jobs.append(DraftJob(place, sequences[place], states[place], counts[place]))
-                self._from_draft.add(sequences[place].index)
+                self._from_draft.add(sequences[place])
             else:
                 states[place].decline()
         for job, ids in zip(jobs, draft.propose(jobs) if jobs else [], strict=True):

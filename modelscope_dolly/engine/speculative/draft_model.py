@@ -37,7 +37,7 @@ class DraftModel:
 
 @dataclass
 class DraftState:
-    """What a run knows of the drafts of one sequence.
+    """What is known of the drafts of one sequence.
 
     Attributes:
         cached: tokens of the sequence whose keys and values are in the draft's cache.
@@ -84,17 +84,17 @@ class DraftJob:
 
 
 class DraftRun:
-    """The drafts of one run: their own cache, with the same slots as the run's.
+    """The drafts of an engine: their own cache, with the same slots as the engine's.
 
     Args:
         draft: the network.
-        runner: of the run.
+        runner: of the engine.
         prefill_tokens: a step over new prompts holds at most this many tokens, or one prompt.
     """
 
     def __init__(self, draft: DraftModel, runner: Runner, prefill_tokens: int):
         self.draft, self._runner, self._prefill_tokens = draft, runner, prefill_tokens
-        self.cache = draft.net.new_cache(runner.cache.slots, runner.cache.length)
+        self.cache = draft.net.new_cache()
 
     def seconds(self, sequences: int) -> float:
         """Of a step that drafts one token for each of `sequences`; by the networks' sizes until it is measured."""
@@ -105,6 +105,8 @@ class DraftRun:
 
     def propose(self, jobs: list[DraftJob]) -> list[list[int]]:
         """Draft tokens for several sequences together, in the order of their slots."""
+        size = self._runner.cache.slots, self._runner.cache.length
+        self.cache.resize(*size, used=min(size[0], self.cache.slots))
         drafts: list[list[int]] = [[] for _ in jobs]
         samplers = [job.sequence.sampler.copy() for job in jobs]
         logits = self._catch_up(jobs)

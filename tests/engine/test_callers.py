@@ -1,0 +1,264 @@
+"""Many callers of one engine: whatever others ask, come and go, an answer is that of one call alone."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelscope_dolly.engine.engine import CHUNK_ON_CPU, Engine
+from modelscope_dolly.engine.sampling import Sampling
+from modelscope_dolly.engine.sequence import Request, RunStats
+from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
+from modelscope_dolly.errors import HardwareError
+from tests.support.models import our_engine, our_network, quantised, random_model
+
+GREEDY = Sampling(do_sample=False)
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    return torch.randint(1, 1024, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def request(seed: int, longest: int = 90) -> Request:
+    """Greedy or sampled, with or without prompt lookup, ending after 1 to 40 tokens."""
+    rng = random.Random(seed)
+    sampling = GREEDY if seed % 3 == 0 else Sampling(temperature=1.2, top_p=0.95, seed=seed)
+    proposer = PromptLookup if seed % 4 == 0 else None
+    ids = random_ids(rng.randint(1, longest), seed)
+    return Request(ids, rng.randint(1, 40), sampling, frozenset(range(0, 1024, 40)), proposer=proposer)
+
+
+@pytest.fixture(scope="module")
+def engine(oracle) -> Engine:
+    return our_engine(oracle)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    return [request(seed) for seed in range(24)]
+
+
+@pytest.fixture(scope="module")
+def alone(engine, requests) -> list[list[int]]:
+    return [engine.generate([one])[0] for one in requests]
+
+
+def in_threads(*jobs) -> None:
+    """Run jobs at the same time; the first error of one is raised."""
+    errors: list[BaseException] = []
+
+    def guarded(job) -> None:
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.permutations(range(24)), st.lists(st.integers(1, 5), min_size=3, max_size=9), st.sets(st.integers(0, 8)))
+def test_answers_under_load_are_those_of_one_call_alone(engine, requests, alone, order, sizes, leaving):
+    """Threads with lists of different lengths and limits; some go away in the middle."""
+    groups, begin = [], 0
+    for size in sizes:
+        groups.append(order[begin : begin + size])
+        begin += size
+
+    def ask(number: int, group: list[int]) -> None:
+        run = engine.run([requests[i] for i in group], slots=1 + number % 3)
+        answers: list[list[int]] = [[] for _ in group]
+        for count, token in enumerate(run):
+            answers[token.index].append(token.id)
+            if number in leaving and count > 5:
+                run.close()
+                return
+        assert answers == [alone[i] for i in group]
+
+    in_threads(*[lambda number=number, group=group: ask(number, group) for number, group in enumerate(groups) if group])
+    engine.generate([Request([1], 1)])
+    assert engine._loop.scheduler.idle and all(not call.running for call in engine._mailbox.submitted)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "bf16"])
+def test_answers_of_quantised_networks_do_not_depend_on_the_load_either(method):
+    net = quantised(our_network(random_model()), method)
+    engine = Engine(net, torch.device("cpu"), 2048)
+    asked = [request(seed) for seed in range(1, 12, 2)]
+    alone = [engine.generate([one])[0] for one in asked]
+    found: dict[int, list[int]] = {}
+    in_threads(*[lambda i=i: found.update({i: engine.generate([asked[i]])[0]}) for i in range(len(asked))])
+    assert [found[i] for i in range(len(asked))] == alone
+
+
+def test_a_prompt_of_several_chunks_is_computed_alike_alone_and_beside_others(oracle, engine, requests, alone):
+    ids = random_ids(3 * CHUNK_ON_CPU + 17, 5)
+    tokens = torch.tensor([ids])
+    expected = oracle.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )[0, len(ids) :].tolist()  # fmt: skip
+    long = Request(ids, 8, GREEDY)
+    assert engine.generate([long]) == [expected]
+    found: list[list[int]] = []
+    in_threads(
+        lambda: found.extend(engine.generate([long])),
+        lambda: [engine.generate(requests[:8], 8) for _ in range(2)],
+    )
+    assert found == [expected]
+
+
+def test_tokens_of_others_come_while_a_long_prompt_is_read(engine):
+    """Between two tokens of a stream at most one chunk of the other prompt is read."""
+    steps: list[tuple[int, int]] = []  # tokens, parts of prompts
+    hook = engine.net.register_forward_pre_hook(
+        lambda net, inputs: steps.append((len(inputs[0]), len(inputs[1].spans or ())))
+    )
+    stream = engine.run([Request(random_ids(4, 1), 60, GREEDY)])
+    try:
+        next(stream)
+        engine.generate([Request(random_ids(5 * CHUNK_ON_CPU, 2), 2, GREEDY)])
+        list(stream)
+    finally:
+        hook.remove()
+    chunks = [place for place, (tokens, parts) in enumerate(steps) if tokens == CHUNK_ON_CPU and parts]
+    assert len(chunks) == 5
+    between = [steps[a + 1 : b] for a, b in itertools.pairwise(chunks)]
+    assert all(len(pair) == 1 and pair[0] == (1, 0) for pair in between)
+
+
+def test_callers_are_served_in_order_of_arrival_and_a_full_group_lets_others_pass(oracle):
+    engine = our_engine(oracle)
+    engine.slots = 2
+    many = engine.submit([Request(random_ids(5, i), 30, GREEDY) for i in range(6)], slots=1)
+    one = engine.submit([Request(random_ids(5, 9), 3, GREEDY)])
+    assert len(list(one)) == 3
+    assert sum(sequence.finish_reason is not None for sequence in many.sequences) < 6
+    assert len(list(many)) == 180
+
+
+def test_an_error_of_the_device_ends_all_that_runs_with_it_and_the_next_request_works(engine, requests, alone):
+    def fail(net, inputs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    calls = [engine.submit([requests[i]]) for i in range(3)]
+    hook = engine.net.register_forward_pre_hook(fail)
+    late = [engine.submit([requests[i]]) for i in range(3)]
+    errors = []
+    for call in calls + late:
+        try:
+            list(call)
+        except HardwareError as error:
+            errors.append(str(error))
+    hook.remove()
+    assert errors and all("out of memory" in error for error in errors)
+    assert engine.generate(requests[:6], 3) == alone[:6]
+
+
+def test_a_callback_that_raises_ends_its_own_call_alone(engine, requests, alone):
+    def fail(token: int) -> bool:
+        raise ZeroDivisionError("mine")
+
+    found: list[list[int]] = []
+
+    def bad() -> None:
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            engine.generate([Request(random_ids(4, 4), 9, GREEDY, on_token=fail), requests[0]], 2)
+
+    in_threads(bad, lambda: found.extend(engine.generate(requests[:4], 2)))
+    assert found == alone[:4]
+
+
+def test_a_request_without_memory_for_its_keys_is_an_error_and_others_go_on(oracle, requests, alone, monkeypatch):
+    engine, sizes = our_engine(oracle), [0]
+
+    def free(device: torch.device) -> int:
+        cache = engine._loop.runner.cache
+        sizes.append(cache.slots * cache.length)
+        return (600 - sizes[-1]) * engine.net.cache_bytes
+
+    monkeypatch.setattr("modelscope_dolly.engine.runner.free_memory", free)
+    with pytest.raises(HardwareError, match="no memory for the keys and values of 1004 tokens; use a smaller max_new"):
+        engine.generate([Request(random_ids(1000, 1), 4, GREEDY)])
+    assert engine.generate(requests, slots=24) == alone  # fewer at a time
+    assert 2 * 64 < max(sizes) <= 600
+
+
+def test_statistics_are_those_of_the_caller(engine, requests):
+    stats = RunStats()
+    in_threads(lambda: list(engine.run(requests[:5], 2, stats)), lambda: engine.generate(requests[5:], 4))
+    assert stats.prefill_tokens == sum(len(one.ids) for one in requests[:5])
+    assert stats.decode_tokens == sum(map(len, engine.generate(requests[:5]))) - 5
+
+
+def test_the_engine_is_idle_without_requests_and_goes_with_its_last_reference(oracle):
+    engine = our_engine(oracle)
+    engine.generate([Request([1, 2], 3, GREEDY)])
+    thread, net = engine._mailbox.thread, weakref.ref(engine.net)
+    assert thread.is_alive() and thread.daemon
+    before = sum(os.times()[:2])
+    threading.Event().wait(0.3)
+    assert sum(os.times()[:2]) - before < 0.2
+    del engine
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive() and net() is None
+
+
+def test_a_forked_process_gets_an_engine_of_its_own(checkpoint_dir):
+    """In a process that has not used threads of OpenMP before; the parent's calls cannot be read in the child."""
+    code = f"""
+import os, sys, torch
+from modelscope_dolly.load import load
+from modelscope_dolly.engine.sequence import Request
+from modelscope_dolly.errors import DollyError
+torch.set_num_threads(1)
+engine = load({str(checkpoint_dir)!r}, "cpu", "fp32", threads=1).text_generator.engine
+asked = [Request([5, 6, 7], 6)]
+expected = engine.generate(asked)
+call = engine.submit([Request([5, 6], 500)])
+begun = iter(call)
+next(begun)
+child = os.fork()
+if child == 0:
+    try:
+        next(begun)
+    except DollyError as error:
+        print(error, flush=True)
+    os._exit(0 if engine.generate(asked) == expected else 1)
+_, status = os.waitpid(child, 0)
+assert engine.generate(asked) == expected
+print("child", os.waitstatus_to_exitcode(status))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "begun before the process was forked" in done.stdout and done.stdout.endswith("child 0\n")
+
+
+def test_a_process_ends_cleanly_while_an_answer_is_made(checkpoint_dir):
+    code = f"""
+from modelscope_dolly.load import load
+from modelscope_dolly.engine.sequence import Request
+engine = load({str(checkpoint_dir)!r}, "cpu", "fp32", threads=1).text_generator.engine
+stream = engine.run([Request([5, 6, 7], 2000)])
+print(next(stream).id)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.strip().isdigit()
