@@ -8,6 +8,7 @@ starts with the first request, sleeps while there is none, and ends with the eng
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import threading
 import weakref
@@ -105,7 +106,7 @@ class Engine:
         speculation: proposes draft tokens, with the engine's runner; without it none are verified.
         capture: of decode steps, for a network that lies on one CUDA device.
         timer: of decode steps.
-        slots: sequences that run at the same time, of all callers, as far as memory goes.
+        slots: sequences that run at the same time, of all callers, as far as memory goes; a caller may ask for more.
     """
 
     net: GPTNeoX
@@ -185,9 +186,11 @@ class _Loop:
 
     def work(self, engine: Engine, mailbox: _Mailbox) -> None:
         """Take steps until nothing is left to do."""
-        while self._take(mailbox):
-            self.runner.net, self.runner.timer, self.runner.capture = engine.net, engine.timer, engine.capture
+        while True:
             try:
+                if not self._take(mailbox):
+                    break
+                self.runner.net, self.runner.timer, self.runner.capture = engine.net, engine.timer, engine.capture
                 self._step()
             except Exception as error:  # of the device: nothing that runs can go on
                 self._fail(error)
@@ -201,6 +204,7 @@ class _Loop:
             if mailbox.closed:
                 return False
         for call in submitted:
+            self.scheduler.slots = max(self.scheduler.slots, min(call.limit, len(call.sequences)))
             for sequence in call.sequences:
                 self.scheduler.add(sequence)
         for call in cancelled:
@@ -232,11 +236,11 @@ class _Loop:
 
     def _fail(self, error: Exception) -> None:
         """Every caller whose requests run gets the error; those that wait go on."""
-        running = self.scheduler.running or [self.scheduler.waiting[0]]
+        running = self.scheduler.running or list(self.scheduler.waiting)[:1]
         for call in {sequence.group for sequence in running}:
             _end(call)
-            call.put(error)
-        self._release()
+            call.put(copy.copy(error))  # each caller's thread adds its own traceback
+        list(self.scheduler.release())
         self.runner.reset()
 
 

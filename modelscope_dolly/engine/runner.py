@@ -63,19 +63,19 @@ class Runner:
 
     def fits(self, slots: int, length: int) -> bool:
         """Whether there is memory for a cache of that size."""
-        slots, length = self._size(slots, length)
-        held = self.cache.slots * self.cache.length
-        if slots * length <= held:
-            return True
-        new = (slots * length - held) * self.net.cache_bytes
-        return new <= CACHE_SHARE * free_memory(self.device)
+        return self._has_memory(*self._size(slots, length))
+
+    def _has_memory(self, slots: int, length: int) -> bool:
+        places = slots * length - self.cache.slots * self.cache.length
+        return places <= 0 or places * self.net.cache_bytes <= CACHE_SHARE * free_memory(self.device)
 
     def reserve(self, used: int, slots: int, length: int) -> None:
         """Make the cache at least that large; the first `used` slots keep what they hold."""
         slots, length = self._size(slots, length)
         if slots > self.cache.slots or length > self.cache.length:
+            grown = max(slots, self.cache.slots), max(length, self.cache.length)
             with self._memory():
-                self.cache.resize(max(slots, self.cache.slots), max(length, self.cache.length), used)
+                self.cache.resize(*(grown if self._has_memory(*grown) else (slots, length)), used)
 
     def forget(self) -> None:
         """Give the cache's memory back. Captured steps keep theirs: to capture takes seconds."""
