@@ -179,8 +179,7 @@ def load_network(
         quantize: "int8", "int4" or None; see kernels/quantized_linear.py.
 
     Raises:
-        HardwareError: it does not fit, or is to be quantised on mps or on several devices; said before anything is
-            read.
+        HardwareError: it does not fit, or is to be quantised on several devices; raised before anything is read.
     """
     with torch.device("meta"):
         net = GPTNeoX(checkpoint.config)

@@ -29,7 +29,7 @@ class DollyTextGenerationPipeline(Pipeline):
 
     Args:
         model: a checkpoint directory, or a loaded DollyForTextGeneration.
-        device: cpu, cuda:N, gpu (first CUDA device, else CPU) or mps.
+        device: cpu, cuda:N, or gpu (first CUDA device, else CPU).
         device_map: "auto" to spread a model over several GPUs.
         options: dtype, verify, quantize, threads, draft (see DollyForTextGeneration), and any generation keyword as
             this pipeline's default.

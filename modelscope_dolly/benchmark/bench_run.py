@@ -18,7 +18,6 @@ from modelscope_dolly.benchmark.synthetic_weights import make_checkpoint, parse_
 from modelscope_dolly.checkpoint.config import read_config
 from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.checkpoint.reader import open_checkpoint
-from modelscope_dolly.errors import SettingError
 from modelscope_dolly.hardware import DTYPES, choose_device, choose_threads, parse_dtype
 from modelscope_dolly.load import choose_number_type
 
@@ -52,8 +51,6 @@ class BenchRun:
         self.settings = settings
         self.results = {} if results is None else results
         self.device = choose_device(settings.device).value
-        if self.device.type == "mps":
-            raise SettingError("dolly bench measures cpu and cuda:N, not mps; give --device cpu")
         self.threads = choose_threads(settings.threads).value
         self.dtypes = tuple(_short_name(parse_dtype(name)) for name in settings.dtypes)
         self.random = random.Random(settings.seed)

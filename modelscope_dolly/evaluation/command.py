@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser, variable: str) -> None:
     parser.add_argument("--output", default="runs/eval", metavar="DIR", help="results and tables (default: runs/eval)")
     parser.add_argument("--check-against", choices=["card"], help="exit code 1 unless the card's row is reproduced")
     parser.add_argument("--row", help="the card's row to compare with (default: by the model's name)")
-    parser.add_argument("--device", help="cpu, cuda:N, gpu or mps (default: first GPU, else CPU)")
+    parser.add_argument("--device", help="cpu, cuda:N or gpu (default: first GPU, else CPU)")
     parser.add_argument("--dtype", help="bf16, fp16 or fp32 (default: what suits the device)")
     parser.add_argument("--softmax-dtype", default="fp32", help="of the log-probabilities; model: as in 2023")
     parser.add_argument("--template", default="none", help="dolly: ask as instructions, another experiment")

@@ -16,7 +16,7 @@ HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "at
 
 
 class Recorder(TorchDispatchMode):
-    """Called with a step, as decode.Decoder's `record`."""
+    """Called with a step, as cuda_graphs.GraphCapture's `capture`."""
 
     def __init__(self):
         super().__init__()
