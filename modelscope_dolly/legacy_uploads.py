@@ -119,8 +119,8 @@ def _is_legacy_dolly(configuration: Any, model: str, revision: str | None) -> bo
     if not demanded or not _is_dolly(model, revision):
         return False
     log.warning(
-        "%s: its %s demands code (%s). It is a dolly-v2, which needs none: modelscope_dolly loads it and runs no code of "
-        "the repository. %s=0 in the environment turns this off",
+        "%s: its %s demands code (%s). It is a dolly-v2, which needs none: modelscope_dolly loads it and runs no "
+        "code of the repository. %s=0 in the environment turns this off",
         model, _CONFIGURATION, ", ".join(demanded), SWITCH,
     )  # fmt: skip
     return True

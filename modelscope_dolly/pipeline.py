@@ -168,7 +168,7 @@ def _message(text: str) -> dict[str, str | dict[str, str]]:
 
 
 def _conversation(value: Any) -> Any:
-    """A list of messages as {"messages": ...}; anything else as it is. ModelScope's server hands over the list alone."""
+    """{"messages": value} for a list of messages, which is how ModelScope's server hands over a conversation."""
     if isinstance(value, list) and value and all(isinstance(each, Mapping) and "role" in each for each in value):
         return {"messages": value}
     return value
@@ -193,9 +193,9 @@ def dolly_pipeline(
 ) -> DollyTextGenerationPipeline:
     """The pipeline for any dolly-v2 directory or hub id, whatever its configuration.json says, or without one.
 
-    For what ModelScope's `pipeline()` does not recognise, such as plain Hugging Face directories, and without asking the
-    hub again for what was downloaded. The snapshot is downloaded without any .py file and no code of it runs, so no
-    trust flag is needed.
+    For what ModelScope's `pipeline()` does not recognise, such as plain Hugging Face directories, and where the hub
+    cannot be reached. The snapshot is downloaded without any .py file and no code of it runs, so no trust flag is
+    needed.
 
     Args:
         model: a directory or a hub id.

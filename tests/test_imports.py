@@ -32,8 +32,8 @@ EXTRAS = ("engine.speculative", "engine.cuda_graphs", "engine.gpt_neox_fused", "
 REGISTRIES = {"modelscope_dolly", "modelscope_dolly.model", "modelscope_dolly.pipeline"}
 HUB_CLIENT = {"modelscope_dolly.checkpoint.download"}
 HEAVY = {"torch", "transformers", "modelscope", "accelerate", "datasets", "deepspeed", "lm_eval"}
-LIGHT = ("", "errors", "files", "legacy_uploads", "prompt", "checkpoint.manifest", "cli.main", "benchmark", "evaluation",
-         "evaluation.published", "evaluation.comparison", "evaluation.tables", "evaluation.task_data",
+LIGHT = ("", "errors", "files", "legacy_uploads", "prompt", "checkpoint.manifest", "cli.main", "benchmark",
+         "evaluation", "evaluation.published", "evaluation.comparison", "evaluation.tables", "evaluation.task_data",
          "evaluation.store", "evaluation.command", "benchmark.bench_options")  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def uploads(checkpoint_dir, tmp_path_factory) -> dict[str, Path]:
     """Directories as uploaded in 2023, by what they hold."""
     root = tmp_path_factory.mktemp("uploads")
     made = {"dolly": copy_2023_layout(checkpoint_dir, root / "dolly")}
+    edit_json(made["dolly"] / "configuration.json", model={"type": "dolly-2023"})
     made["both formats"] = Path(shutil.copytree(made["dolly"], root / "both"))
     shutil.copy(checkpoint_dir / "model.safetensors", made["both formats"])
     made["plugins"] = Path(shutil.copytree(made["dolly"], root / "plugins"))
