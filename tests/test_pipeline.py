@@ -176,6 +176,15 @@ def test_dataset_gives_a_generator_in_row_order(pipe, records, tmp_path):
     assert list(answers) == pipe(records[:11], **GREEDY)
 
 
+def test_dataset_of_conversations_gives_messages(pipe, tmp_path):
+    import json
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": turns, "source": "us"}) for turns in (TURNS, TURNS[1:])))
+    rows = MsDataset.load("json", data_files=str(file), split="train")
+    assert list(pipe(rows, **GREEDY)) == pipe([TURNS, TURNS[1:]], **GREEDY)
+
+
 def test_several_sequences_come_as_lists_with_consecutive_seeds(pipe, questions):
     several = pipe(questions[:2], num_return_sequences=3, seed=7, max_new_tokens=12)
     for question, answers in zip(questions, several, strict=False):
