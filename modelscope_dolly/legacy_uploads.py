@@ -15,8 +15,8 @@ import functools
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -39,7 +39,7 @@ def install(module: ModuleType) -> None:
         log.warning(
             "%s of modelscope %s is not built as this package knows it: a dolly-v2 upload that demands code of its own "
             "loads with modelscope_dolly.dolly_pipeline() only",
-            module.__name__, version("modelscope"),
+            module.__name__, getattr(sys.modules.get("modelscope"), "__version__", "of unknown version"),
         )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def _download(model: str, revision: str | None, options: dict[str, Any]) -> str:
     """A directory with the files that are needed; a hub id stays one if the caller has said what not to download.
 
     Args:
-        options: of the caller; what he wants to be left out is extended by Python files.
+        options: of the caller; Python files are added to what they leave out.
 
     Raises:
         CheckpointError: the files cannot be downloaded.
