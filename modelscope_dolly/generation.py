@@ -20,7 +20,7 @@ from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.sequence import Proposer, Request
 from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
 from modelscope_dolly.errors import PromptError, SettingError, unknown_name
-from modelscope_dolly.prompt import DollyTokenizer, check_instruction, check_text
+from modelscope_dolly.prompt import DollyTokenizer, check_instruction, check_text, reduce_conversation
 from modelscope_dolly.text_stream import TextStream
 
 log = logging.getLogger("modelscope.dolly")
@@ -30,7 +30,8 @@ DEFAULT_SLOTS = 8
 #: torch's generator tells this many seeds apart.
 SEEDS = 2**32
 OVERFLOW_MODES = ("error", "truncate_context")
-_INPUT_KEYS = {"instruction", "text", "context"}
+_QUESTION_KEYS = ("instruction", "text", "messages")
+_INPUT_KEYS = {*_QUESTION_KEYS, "context"}
 _RECORD_KEYS = {"response", "category"}  # of databricks-dolly-15k; a record can be asked as it is
 
 
@@ -139,18 +140,20 @@ class Prompt:
     context: str | None = None
 
 
-def parse_input(value: Any, ignore_unknown: bool = False) -> Prompt:
-    """A text, or a mapping with `instruction` (or `text`) and perhaps `context`, as a Prompt.
+def parse_input(value: Any, ignore_unknown: bool = False, context: str | None = None) -> Prompt:
+    """A text, a mapping with `instruction` (or `text`) and perhaps `context`, or one with `messages`, as a Prompt.
 
     Args:
         value: what the user gave.
         ignore_unknown: let other keys pass, as for the rows of a data set.
+        context: given beside the value.
 
     Raises:
-        PromptError: another type, an unknown key, an empty instruction, or text that is not Unicode.
+        PromptError: another type, an unknown key, an empty instruction, text that is not Unicode, a conversation that
+            cannot be reduced, or two contexts.
     """
     if isinstance(value, str):
-        return Prompt(check_instruction(value))
+        value = {"text": value}
     if not isinstance(value, Mapping):
         raise PromptError(
             f"an input must be a text or a dict with 'instruction' and perhaps 'context', found {type(value).__name__}"
@@ -158,13 +161,20 @@ def parse_input(value: Any, ignore_unknown: bool = False) -> Prompt:
     for key in value:
         if not ignore_unknown and key not in _INPUT_KEYS | _RECORD_KEYS:
             raise PromptError(unknown_name("input key", str(key), _INPUT_KEYS))
-    given = [key for key in ("instruction", "text") if key in value]
+    given = [key for key in _QUESTION_KEYS if key in value]
     if len(given) != 1:
         raise PromptError(
-            f"an input needs either 'instruction' or 'text', found keys: {', '.join(map(str, value)) or 'none'}"
+            f"an input needs either 'instruction' or 'text', found keys: {', '.join(map(str, value)) or 'none'}; a "
+            "conversation is a dict with 'messages'"
         )
-    context = value.get("context")
-    return Prompt(check_instruction(value[given[0]]), check_text("context", context) if context is not None else None)
+    if given == ["messages"]:
+        instruction, own = reduce_conversation(value["messages"])
+    else:
+        instruction, own = check_instruction(value[given[0]]), None
+    contexts = [check_text("context", text) for text in (own, value.get("context"), context) if text is not None]
+    if len([text for text in contexts if text]) > 1:
+        raise PromptError("there are two contexts: give it once, with the instruction, as keyword or as system message")
+    return Prompt(instruction, max(contexts, default=None, key=len))  # the one that is not empty
 
 
 @dataclass(frozen=True)

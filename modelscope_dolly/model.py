@@ -60,12 +60,13 @@ class DollyForTextGeneration(TorchModel):
         self, inputs: Sequence[Any], settings: GenerationSettings | None = None, slots: int = DEFAULT_SLOTS
     ) -> list[list[Update]]:
         """Answers to several inputs (texts or dicts): for each input its `num_return_sequences` final updates."""
-        prompts = [value if isinstance(value, Prompt) else parse_input(value) for value in inputs]
-        return self.text_generator.generate(prompts, settings or GenerationSettings(), slots)
+        return self.text_generator.generate(
+            [_as_prompt(value) for value in inputs], settings or GenerationSettings(), slots
+        )
 
     def stream(self, value: Any, settings: GenerationSettings | None = None) -> Iterator[Update]:
         """The updates of one answer as it grows."""
-        return self.text_generator.stream([parse_input(value)], settings or GenerationSettings(), slots=1)
+        return self.text_generator.stream([_as_prompt(value)], settings or GenerationSettings(), slots=1)
 
     def forward(self, inputs: Any, **keywords: Any) -> dict[str, str]:
         """One input -> {"text": answer}, the way a ModelScope model is called."""
@@ -74,3 +75,7 @@ class DollyForTextGeneration(TorchModel):
             raise SettingError("a model call is one answer: num_return_sequences must be 1")
         [[update]] = self.generate([inputs], settings, slots=1)
         return {"text": update.text}
+
+
+def _as_prompt(value: Any) -> Prompt:
+    return value if isinstance(value, Prompt) else parse_input(value)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from modelscope.models.base import Model
 from modelscope.msdatasets import MsDataset
@@ -13,19 +13,26 @@ from modelscope.pipelines.base import Pipeline
 from modelscope.pipelines.builder import PIPELINES
 from modelscope.utils.constant import Frameworks
 
-from modelscope_dolly import PIPELINE_TYPE, TASK
+from modelscope_dolly import CHAT_TASK, PIPELINE_TYPE, TASK
 from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.errors import SettingError, unknown_name
-from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Update, parse_input
+from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, parse_input
 from modelscope_dolly.model import MODEL_OPTIONS, DollyForTextGeneration
 
 _CONFIGURATION = Path(__file__).with_name("configuration.json")
 _GENERATION_OPTIONS = tuple(GenerationSettings.__dataclass_fields__)
+#: Keywords of ModelScope's schemas of text generation and chat that this pipeline does not have -> what to do instead.
+_REFUSED = {
+    "max_length": "it counts the prompt, too; give max_new_tokens, which counts the answer alone",
+    "eos_token_id": "an answer ends at the end tokens of the checkpoint; give stop for a text that ends it earlier",
+    "bos_token_id": "a prompt begins as dolly was trained; leave it out",
+    "pad_token_id": "prompts are not padded; leave it out",
+}
 
 
 @PIPELINES.register_module(TASK, module_name=PIPELINE_TYPE, force=True)
 class DollyTextGenerationPipeline(Pipeline):
-    """Instruction in, `{"text": answer}` out.
+    """Instruction in, `{"text": answer}` out; conversation in, `{"message": {"role": ..., "content": answer}}` out.
 
     Args:
         model: a checkpoint directory, or a loaded DollyForTextGeneration.
@@ -48,6 +55,7 @@ class DollyTextGenerationPipeline(Pipeline):
         trust_remote_code: bool = False,
         **options: Any,
     ):
+        _refuse_keywords(options)
         for name in options:
             if name not in MODEL_OPTIONS + _GENERATION_OPTIONS:
                 raise SettingError(unknown_name("pipeline option", name, MODEL_OPTIONS + _GENERATION_OPTIONS))
@@ -64,49 +72,82 @@ class DollyTextGenerationPipeline(Pipeline):
         self._model_prepare = True
         self.tokenizer = model.tokenizer
 
-    def __call__(self, input: Any, *args: Any, batch_size: int | None = None, **keywords: Any) -> Any:
+    # ModelScope's deploy checker reads this signature from the source. It cannot take keyword-only parameters, nor
+    # annotations like `str | None`.
+    def __call__(
+        self,
+        input: Any,
+        context: Optional[str] = None,  # noqa: UP045
+        batch_size: Optional[int] = None,  # noqa: UP045
+        **keywords: Any,
+    ) -> Any:
         """Answer one input, a list, or an MsDataset.
 
         Args:
-            input: a text; {"instruction": ..., "context": ...}; a list of either; or an MsDataset with such columns.
+            input: a text; {"instruction": ..., "context": ...}; {"messages": [{"role": ..., "content": ...}, ...]} or
+                that list of messages alone; a list of any of these; or an MsDataset with such columns.
+            context: for every input that has none of its own.
             batch_size: inputs answered at the same time (default 8); it changes the speed, not the answers.
             keywords: see GenerationSettings.
 
         Returns:
-            {"text": answer}; a list of it for num_return_sequences > 1; a list of these for a list; a generator of
-            these for an MsDataset.
+            {"text": answer}, for a conversation {"message": {"role": "assistant", "content": answer}}; a list of it for
+            num_return_sequences > 1; a list of these for a list; a generator of these for an MsDataset.
 
         Raises:
             PromptError, SettingError.
         """
-        if args:
-            raise SettingError("give everything but the input by keyword, for instance max_new_tokens=64")
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise SettingError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
-        settings = self.settings.updated(keywords)
+        settings = self._settings(keywords)
         slots = batch_size or DEFAULT_SLOTS
         if isinstance(input, MsDataset):
-            return self._rows(input, settings, slots)
-        inputs = input if isinstance(input, list) else [input]
-        answers = [_output(updates) for updates in self.model.generate(inputs, settings, slots)]
-        return answers if isinstance(input, list) else answers[0]
+            return self._rows(input, context, settings, slots)
+        value = _conversation(input)
+        many = isinstance(value, list)
+        inputs = [_conversation(each) for each in value] if many else [value]
+        prompts = [parse_input(each, context=context) for each in inputs]
+        answers = list(self._answers(inputs, prompts, settings, slots))
+        return answers if many else answers[0]
 
-    def stream_generate(self, input: Any, **keywords: Any) -> Iterator[dict[str, str]]:
-        """Yield {"text": the answer so far} as it grows; the last one is the whole answer."""
-        settings = self.settings.updated(keywords)
+    def stream_generate(
+        self, input: Any, context: str | None = None, **keywords: Any
+    ) -> Iterator[dict[str, str | dict[str, str]]]:
+        """Yield what a call returns, with the answer so far, as it grows; the last one is the whole answer."""
+        settings = self._settings(keywords)
         if settings.num_return_sequences != 1:
             raise SettingError("a stream is one answer: num_return_sequences must be 1")
-        updates = self.model.stream(input, settings)
-        return ({OutputKeys.TEXT: update.text} for update in updates)
+        value = _conversation(input)
+        updates = self.model.stream(parse_input(value, context=context), settings)
+        return (self._output(value, update.text) for update in updates)
 
-    def _rows(self, rows: MsDataset, settings: GenerationSettings, slots: int) -> Iterator[Any]:
-        waiting = []
+    def _settings(self, keywords: dict[str, Any]) -> GenerationSettings:
+        _refuse_keywords(keywords)
+        return self.settings.updated(keywords)
+
+    def _rows(self, rows: MsDataset, context: str | None, settings: GenerationSettings, slots: int) -> Iterator[Any]:
+        waiting: list[Any] = []
+        prompts: list[Prompt] = []
         for row in rows:
-            waiting.append(parse_input(row, ignore_unknown=True))
+            waiting.append(row)
+            prompts.append(parse_input(row, ignore_unknown=True, context=context))
             if len(waiting) == slots:
-                yield from map(_output, self.model.generate(waiting, settings, slots))
-                waiting = []
-        yield from map(_output, self.model.generate(waiting, settings, slots))
+                yield from self._answers(waiting, prompts, settings, slots)
+                waiting, prompts = [], []
+        yield from self._answers(waiting, prompts, settings, slots)
+
+    def _answers(
+        self, inputs: Iterable[Any], prompts: list[Prompt], settings: GenerationSettings, slots: int
+    ) -> Iterator[Any]:
+        for value, updates in zip(inputs, self.model.generate(prompts, settings, slots), strict=True):
+            outputs = [self._output(value, update.text) for update in updates]
+            yield outputs[0] if len(outputs) == 1 else outputs
+
+    def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
+        """An answer in the form that belongs to its input."""
+        if isinstance(value, Mapping) and "messages" in value:
+            return _message(text)
+        return {OutputKeys.TEXT: text}
 
     def _get_framework(self) -> str:
         """For the base class, which would read it from a configuration.json that may not be there."""
@@ -122,9 +163,29 @@ def _unused(value: Any) -> Any:
     return value
 
 
-def _output(updates: list[Update]) -> dict[str, str] | list[dict[str, str]]:
-    texts = [{OutputKeys.TEXT: update.text} for update in updates]
-    return texts[0] if len(texts) == 1 else texts
+def _message(text: str) -> dict[str, str | dict[str, str]]:
+    return {"message": {"role": "assistant", "content": text}}
+
+
+def _conversation(value: Any) -> Any:
+    """{"messages": value} for a list of messages, which is how ModelScope's server hands over a conversation."""
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) and "role" in each for each in value):
+        return {"messages": value}
+    return value
+
+
+def _refuse_keywords(keywords: Mapping[str, Any]) -> None:
+    """Raises SettingError for those that ModelScope's schemas advertise and that mean nothing here."""
+    if found := [name for name in keywords if name in _REFUSED]:
+        raise SettingError("; ".join(f"{name} is not a keyword of dolly: {_REFUSED[name]}" for name in found))
+
+
+@PIPELINES.register_module(CHAT_TASK, module_name=PIPELINE_TYPE, force=True)
+class DollyChatPipeline(DollyTextGenerationPipeline):
+    """The same pipeline for Tasks.chat: each answer is {"message": {"role": "assistant", "content": answer}}."""
+
+    def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
+        return _message(text)
 
 
 def dolly_pipeline(
@@ -132,9 +193,9 @@ def dolly_pipeline(
 ) -> DollyTextGenerationPipeline:
     """The pipeline for any dolly-v2 directory or hub id, whatever its configuration.json says, or without one.
 
-    For repositories that ModelScope's `pipeline()` refuses or cannot place: those that demand remote code, as the 2023
-    uploads do, and plain Hugging Face directories. The snapshot is downloaded without any .py file and no code of it
-    runs, so no trust flag is needed.
+    For what ModelScope's `pipeline()` does not recognise, such as plain Hugging Face directories, and where the hub
+    cannot be reached. The snapshot is downloaded without any .py file and no code of it runs, so no trust flag is
+    needed.
 
     Args:
         model: a directory or a hub id.

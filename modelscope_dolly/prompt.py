@@ -22,10 +22,11 @@ A prompt is built from token ids, never by searching a string for keys, so whate
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelscope_dolly.errors import CheckpointError, PromptError
+from modelscope_dolly.errors import CheckpointError, PromptError, unknown_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -64,6 +65,39 @@ def check_instruction(instruction: object) -> str:
     if not text.strip():
         raise PromptError("instruction is empty: give a question or a task")
     return text
+
+
+#: Of a message in a conversation.
+ROLES = ("system", "user", "assistant")
+
+
+def reduce_conversation(messages: object) -> tuple[str, str | None]:
+    """Instruction and context of a conversation, as `chat_template` renders it; nothing else reduces one.
+
+    dolly is not a dialogue model: the last user message is the instruction, the last system message, if there is one,
+    the context, and whatever else was said is dropped.
+
+    Args:
+        messages: a list of {"role": one of ROLES, "content": text}.
+
+    Raises:
+        PromptError: not such a list, no user message, or an empty one.
+    """
+    if not isinstance(messages, (list, tuple)):
+        raise PromptError(f"messages must be a list of messages, found {type(messages).__name__}")
+    last: dict[str, str] = {}
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise PromptError(
+                f"message {number} must be {{'role': ..., 'content': ...}}, found {type(message).__name__}: "
+                f"{str(message)[:60]!r}"
+            )
+        if message["role"] not in ROLES:
+            raise PromptError(unknown_name(f"role of message {number}", str(message["role"]), ROLES))
+        last[message["role"]] = check_text(f"content of message {number}", message["content"])
+    if "user" not in last:
+        raise PromptError(f"none of the {len(messages)} messages has the role 'user': there is nothing to answer")
+    return check_instruction(last["user"]), last.get("system") or None
 
 
 def _body(instruction: str, context: str | None) -> str:
@@ -202,9 +236,9 @@ def _single_token(tokenizer: PreTrainedTokenizerFast, key: str) -> int:
 def chat_template() -> str:
     """A Jinja template that renders the last user message of a chat as this prompt, for servers that use templates.
 
-    dolly is not a dialogue model: earlier turns are dropped. A system message becomes the context section. The
-    template ends in an expression because Jinja drops a template's own last newline, and the response key needs it.
-    A server tokenizes the rendered string, so keys typed by its users do become control tokens there.
+    It keeps what `reduce_conversation` keeps: a system message becomes the context section. The template ends in an
+    expression because Jinja drops a template's own last newline, and the response key needs it. A server tokenizes the
+    rendered string, so keys typed by its users do become control tokens there.
     """
     quoted = {name: repr(text) for name, text in _TEMPLATE_TEXTS.items()}
     return (

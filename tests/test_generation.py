@@ -124,6 +124,29 @@ def test_an_input_is_a_text_or_a_dict():
     record = {"instruction": "Why?", "context": "", "response": "So.", "category": "open_qa"}
     assert parse_input(record) == Prompt("Why?", "")
     assert parse_input({"instruction": "Why?", "id": 7}, ignore_unknown=True) == Prompt("Why?")  # a data set's row
+    turns = [{"role": "system", "content": "So."}, {"role": "user", "content": "Why?"}]
+    assert parse_input({"messages": turns}) == Prompt("Why?", "So.")
+
+
+def test_a_context_may_come_beside_the_input_but_not_twice():
+    for value in (
+        "Why?",
+        {"text": "Why?"},
+        {"text": "Why?", "context": ""},
+        {"messages": [{"role": "user", "content": "Why?"}]},
+    ):
+        assert parse_input(value, context="So.") == Prompt("Why?", "So.")
+    turns = [{"role": "system", "content": "So."}, {"role": "user", "content": "Why?"}]
+    twice = [
+        ({"text": "Why?", "context": "So."}, "No."),
+        ({"messages": turns}, "No."),
+        ({"messages": turns, "context": "No."}, None),
+    ]
+    for value, context in twice:
+        with pytest.raises(PromptError, match="there are two contexts"):
+            parse_input(value, context=context)
+    with pytest.raises(PromptError, match="context must be a string, found int"):
+        parse_input("Why?", context=5)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +157,8 @@ def test_an_input_is_a_text_or_a_dict():
         ("  ", "instruction is empty"),
         ({}, "either 'instruction' or 'text', found keys: none"),
         ({"text": "a", "instruction": "b"}, "either 'instruction' or 'text', found keys: text, instruction"),
+        ({"text": "a", "messages": []}, "found keys: text, messages; a conversation is a dict with 'messages'"),
+        ({"messages": "hello"}, "messages must be a list of messages, found str"),
         ({"instruction": "a", "contxt": "b"}, "unknown input key 'contxt'. Did you mean 'context'"),
         ({"instruction": "a", 5: "b"}, "unknown input key '5'"),
         ({"instruction": None}, "instruction must be a string, found NoneType"),

@@ -101,10 +101,19 @@ def test_the_same_weights_in_both_forms_are_downloaded_once(hub, tmp_path):
     assert "model.safetensors" in names and "pytorch_model.bin" not in names
 
 
-def test_modelscope_itself_refuses_the_2023_repository(hub, tmp_path):
-    done = run(hub, tmp_path, CARD.replace("dolly-v2-12b", "dolly-2023"))
-    assert done.returncode == 1
-    assert "trust_remote_code=True was not explicitly set" in " ".join(done.stderr.split())
+def test_modelscopes_deploy_checker_passes_a_published_repository(hub, tmp_path):
+    done = run(
+        hub,
+        tmp_path,
+        """
+        import json, modelscope_dolly
+        from modelscope.utils.deploy_checker import DeployChecker
+        print(json.dumps(DeployChecker().check_model("someone/dolly-v2-12b", "v1.0.2")))
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert list(result) == ["text"] and isinstance(result["text"], str)
 
 
 def test_plain_repository_loads_online_and_later_without_the_hub(hub, tmp_path):

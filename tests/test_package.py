@@ -106,15 +106,21 @@ def test_registration_works_in_both_import_orders_and_loads_no_engine(first):
         "index = LazyImportModule.get_ast_index()['index']\n"
         "ours = [m for m in sys.modules if m.startswith('modelscope_dolly')]\n"
         "left = [f for f in sys.meta_path if type(f).__module__ == 'modelscope_dolly']\n"
-        "print(json.dumps([sorted(k for k in index if 'dolly' in k[2]), ours, len(left)]))"
+        "from modelscope.models.base import base_model\n"
+        "from modelscope.pipelines import builder\n"
+        "hooked = [builder.read_config, builder.normalize_model_input, base_model.Model.from_pretrained.__func__]\n"
+        "hooked = [function.__code__.co_filename.rpartition('modelscope_dolly')[2] for function in hooked]\n"
+        "print(json.dumps([sorted(k for k in index if 'dolly' in k[2]), ours, len(left), hooked]))"
     ).splitlines()[-1]
-    keys, ours, finders = json.loads(out)
+    keys, ours, finders, hooked = json.loads(out)
     assert keys == [
         ["MODELS", "text-generation", "dolly-v2"],
+        ["PIPELINES", "chat", "modelscope-dolly"],
         ["PIPELINES", "text-generation", "modelscope-dolly"],
     ]
-    assert ours == ["modelscope_dolly"]
+    assert sorted(ours) == ["modelscope_dolly", "modelscope_dolly.errors", "modelscope_dolly.legacy_uploads"]
     assert finders == 0
+    assert hooked == ["/legacy_uploads.py"] * 3
 
 
 def test_registered_names_are_not_taken_by_modelscope():

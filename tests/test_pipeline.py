@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 from modelscope.models import Model
 from modelscope.msdatasets import MsDataset
 from modelscope.pipelines import pipeline
 from modelscope.utils.constant import Tasks
+from modelscope.utils.input_output import (
+    call_pipeline_with_json,
+    get_pipeline_information_by_pipeline,
+    get_task_schemas,
+    pipeline_output_to_service_base64_output,
+)
 from transformers import AutoModelForCausalLM
 
 from modelscope_dolly import DollyForTextGeneration, DollyTextGenerationPipeline, dolly_pipeline
 from modelscope_dolly.errors import HardwareError, PromptError, SettingError
 from modelscope_dolly.generation import parse_input
+from modelscope_dolly.pipeline import DollyChatPipeline
 from modelscope_dolly.prompt import DollyTokenizer
 from tests.support.layouts import copy_2023_layout, plain_hf
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
+CONTEXT = "The diary was written by Samuel Pepys."
+#: A conversation; what dolly is asked is the last question, with the system message as context.
+TURNS = [
+    {"role": "system", "content": CONTEXT},
+    {"role": "user", "content": "What is a diary?"},
+    {"role": "assistant", "content": "A book."},
+    {"role": "user", "content": "Who wrote it?"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +80,91 @@ def test_text_and_dict_inputs_mean_the_same(pipe, questions):
         assert pipe(value, **GREEDY) == expected
 
 
+def test_a_context_beside_the_input_is_the_context_of_each_that_has_none(pipe):
+    asked = [{"instruction": "Who wrote it?", "context": CONTEXT}, {"instruction": "When?", "context": CONTEXT}]
+    expected = pipe(asked, **GREEDY)
+    assert pipe("Who wrote it?", context=CONTEXT, **GREEDY) == pipe("Who wrote it?", CONTEXT, **GREEDY) == expected[0]
+    assert pipe(["Who wrote it?", {"text": "When?", "context": ""}], context=CONTEXT, **GREEDY) == expected
+    assert [*pipe.stream_generate("Who wrote it?", context=CONTEXT, **GREEDY)][-1] == expected[0]
+    assert expected[0] != pipe("Who wrote it?", **GREEDY)
+
+
+def test_a_conversation_is_answered_with_a_message(pipe):
+    text = pipe({"instruction": "Who wrote it?", "context": CONTEXT}, **GREEDY)["text"]
+    expected = {"message": {"role": "assistant", "content": text}}
+    assert pipe({"messages": TURNS}, **GREEDY) == expected
+    assert pipe(TURNS, **GREEDY) == expected  # as ModelScope's server hands it over
+    assert pipe([{"messages": TURNS}, TURNS, "Why?"], **GREEDY) == [expected, expected, pipe("Why?", **GREEDY)]
+    assert [*pipe.stream_generate({"messages": TURNS}, **GREEDY)][-1] == expected
+    assert pipe({"messages": TURNS[2:]}, CONTEXT, **GREEDY) == expected
+    several = pipe({"messages": TURNS}, num_return_sequences=2, seed=1, max_new_tokens=4)
+    assert [list(answer) for answer in several] == [["message"], ["message"]]
+
+
+def test_modelscopes_chat_task_answers_everything_with_a_message(pipe):
+    chat = pipeline(Tasks.chat, model=pipe.model)
+    assert type(chat) is DollyChatPipeline and (chat.group_key, pipe.group_key) == ("chat", "text-generation")
+    assert chat({"messages": TURNS}, **GREEDY) == pipe({"messages": TURNS}, **GREEDY)
+    assert chat("Why?", **GREEDY)["message"]["content"] == pipe("Why?", **GREEDY)["text"]
+
+
+def test_modelscope_builds_the_chat_pipeline_from_a_directory(checkpoint_dir):
+    assert type(pipeline(Tasks.chat, model=str(checkpoint_dir), device="cpu")) is DollyChatPipeline
+
+
+@pytest.fixture(scope="module")
+def call(pipe) -> Callable[[dict], dict]:
+    """What POST /call of `modelscope server` does with a body, with ModelScope's own functions."""
+    information = {"task_name": pipe.group_key, "schema": get_task_schemas(pipe.group_key)}
+
+    def answer(body: dict) -> dict:
+        result = call_pipeline_with_json(information, pipe, body)
+        return pipeline_output_to_service_base64_output(information["task_name"], result)
+
+    return answer
+
+
+def bodies(pipe) -> list[tuple[dict, dict]]:
+    """Bodies of a request to the server, and their answers."""
+    asked = {"instruction": "Who wrote it?", "context": CONTEXT}
+    text = pipe(asked, **GREEDY)
+    message = {"message": {"role": "assistant", "content": text["text"]}}
+    return [
+        ({"input": "Who wrote it?", "parameters": {"context": CONTEXT, **GREEDY}}, text),
+        ({"input": {"text": "Who wrote it?"}, "parameters": {"context": CONTEXT, **GREEDY}}, text),
+        ({"input": {"text": asked}, "parameters": GREEDY}, text),
+        ({"input": {"messages": TURNS}, "parameters": GREEDY}, message),
+    ]
+
+
+def test_the_functions_of_modelscopes_server_keep_the_context(pipe, call):
+    for body, expected in bodies(pipe):
+        assert call(body) == expected
+    with pytest.raises(SettingError, match="give max_new_tokens"):
+        call({"input": "Why?", "parameters": {"max_length": 50}})
+
+
+def test_modelscopes_server_keeps_the_context(pipe):
+    fastapi = pytest.importorskip("fastapi", reason="fastapi is not installed; modelscope[server] brings it")
+    from fastapi.testclient import TestClient
+    from modelscope.server.api.routers.router import api_router
+
+    app = fastapi.FastAPI()
+    app.include_router(api_router)
+    app.state.pipeline = pipe
+    app.state.pipeline_info = {"task_name": pipe.group_key, "schema": get_task_schemas(pipe.group_key)}
+    with TestClient(app) as client:
+        for body, expected in bodies(pipe):
+            answer = client.post("/call", json=body)
+            assert (answer.status_code, answer.json()) == (200, expected)
+
+
+@pytest.mark.parametrize("task", [Tasks.text_generation, Tasks.chat])
+def test_modelscopes_deploy_checker_reads_our_pipelines(pipe, task):
+    found = get_pipeline_information_by_pipeline(pipeline(task, model=pipe.model))
+    assert found.task_name == task and found.input_schema
+
+
 def test_dataset_gives_a_generator_in_row_order(pipe, records, tmp_path):
     import json
 
@@ -73,6 +174,15 @@ def test_dataset_gives_a_generator_in_row_order(pipe, records, tmp_path):
     answers = pipe(rows, batch_size=4, **GREEDY)
     assert iter(answers) is answers
     assert list(answers) == pipe(records[:11], **GREEDY)
+
+
+def test_dataset_of_conversations_gives_messages(pipe, tmp_path):
+    import json
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": turns, "source": "us"}) for turns in (TURNS, TURNS[1:])))
+    rows = MsDataset.load("json", data_files=str(file), split="train")
+    assert list(pipe(rows, **GREEDY)) == pipe([TURNS, TURNS[1:]], **GREEDY)
 
 
 def test_several_sequences_come_as_lists_with_consecutive_seeds(pipe, questions):
@@ -123,7 +233,16 @@ def test_threads_get_the_answers_of_sequential_calls(pipe, questions):
     [
         (lambda pipe: pipe("hello", temprature=2.0), SettingError, "Did you mean 'temperature'"),
         (lambda pipe: pipe("hello", batch_size=0), SettingError, "batch_size is 0"),
-        (lambda pipe: pipe("hello", 5), SettingError, "by keyword"),
+        (lambda pipe: pipe("hello", 5), PromptError, "context must be a string, found int"),
+        (lambda pipe: pipe({"text": "a", "context": "b"}, context="c"), PromptError, "there are two contexts"),
+        (lambda pipe: pipe({"messages": []}), PromptError, "none of the 0 messages has the role 'user'"),
+        (lambda pipe: pipe("hello", max_length=50), SettingError, "max_length .* give max_new_tokens"),
+        (
+            lambda pipe: pipe("hello", eos_token_id=2, pad_token_id=0),
+            SettingError,
+            "eos_token_id .* give stop .*pad_token",
+        ),
+        (lambda pipe: pipe.stream_generate("hello", bos_token_id=1), SettingError, "bos_token_id is not a keyword"),
         (lambda pipe: pipe(""), PromptError, "instruction is empty"),
         (lambda pipe: pipe(["good", ""]), PromptError, "instruction is empty"),
         (lambda pipe: pipe(7), PromptError, "found int"),
@@ -144,6 +263,7 @@ def test_bad_input_is_one_clear_error(pipe, call, error, says):
         ({"device": "tpu"}, SettingError, "unknown device 'tpu'"),
         ({"device": "cpu", "dtyp": "bf16"}, SettingError, "Did you mean 'dtype'"),
         ({"device": "cpu", "dtype": "int3"}, SettingError, "unknown dtype 'int3'"),
+        ({"device": "cpu", "max_length": 512}, SettingError, "max_length .* give max_new_tokens"),
         ({"device": "cpu", "top_p": 3}, SettingError, "top_p is 3"),
         ({"device": "cpu", "device_map": "auto"}, SettingError, "exclude each other"),
     ],
@@ -163,17 +283,18 @@ def test_typed_keys_do_not_change_the_shape_of_the_prompt(pipe):
     ]
 
 
-@pytest.mark.parametrize(
-    ("layout", "refusal", "says"),
-    [(copy_2023_layout, RuntimeError, "trust_remote_code=True was not"), (plain_hf, IndexError, None)],
-)
-def test_dolly_pipeline_loads_what_modelscope_cannot(checkpoint_dir, tmp_path, pipe, questions, layout, refusal, says):
+@pytest.mark.parametrize("layout", [copy_2023_layout, plain_hf])
+def test_dolly_pipeline_loads_directories_of_all_kinds(checkpoint_dir, tmp_path, pipe, questions, layout):
     directory = tmp_path / "model"
     layout(checkpoint_dir, directory)
-    with pytest.raises(refusal, match=says):
-        pipeline(Tasks.text_generation, model=str(directory), device="cpu")
     other = dolly_pipeline(str(directory), device="cpu", dtype="fp32")
     assert other(questions, **GREEDY) == pipe(questions, **GREEDY)
+
+
+def test_modelscope_alone_cannot_load_a_plain_directory(checkpoint_dir, tmp_path):
+    plain_hf(checkpoint_dir, tmp_path / "model")
+    with pytest.raises(IndexError):
+        pipeline(Tasks.text_generation, model=str(tmp_path / "model"), device="cpu")
 
 
 def test_a_loaded_model_can_be_given_to_modelscope(checkpoint_dir, pipe, questions):

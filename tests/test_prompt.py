@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import unicodedata
@@ -19,10 +20,12 @@ from modelscope_dolly.prompt import (
     END_KEY,
     INTRO,
     RESPONSE_KEY,
+    ROLES,
     DollyTokenizer,
     chat_template,
     check_instruction,
     check_text,
+    reduce_conversation,
     render,
     render_example,
 )
@@ -204,6 +207,46 @@ def test_chat_template_renders_the_last_question_as_the_prompt(tokenizer, system
     messages = [{"role": role, "content": content} for role, content in turns]
     rendered = tokenizer.tokenizer.apply_chat_template(messages, chat_template=chat_template(), tokenize=False)
     assert rendered == render(turns[-1][1], system)
+
+
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXT | TYPED_KEYS}), min_size=1, max_size=6
+)
+
+
+@examples
+@given(MESSAGES)
+def test_a_conversation_is_reduced_to_what_the_chat_template_renders(tokenizer, messages):
+    try:
+        instruction, context = reduce_conversation(messages)
+    except PromptError:
+        users = [message["content"] for message in messages if message["role"] == "user"]
+        assert not users or not users[-1].strip()
+        return
+    rendered = tokenizer.tokenizer.apply_chat_template(messages, chat_template=chat_template(), tokenize=False)
+    assert rendered == render(instruction, context)
+    found = [token_id for token_id in tokenizer.encode(instruction, context) if token_id in tokenizer.special_ids]
+    assert found == [tokenizer.control.instruction, tokenizer.control.response]  # whatever was typed
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("hello", "messages must be a list of messages, found str"),
+        ([], "none of the 0 messages has the role 'user'"),
+        ([{"role": "system", "content": "Dew is water."}], "none of the 1 messages has the role 'user'"),
+        (["hello"], "message 1 must be {'role': ..., 'content': ...}, found str: 'hello'"),
+        ([{"role": "user"}], "message 1 must be"),
+        ([{"role": "user", "content": "a"}, {"role": "usr", "content": "b"}], "Did you mean 'user'"),
+        ([{"role": "user", "content": "a"}, {"role": ["user"], "content": "b"}], "unknown role of message 2"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content of message 1 must be a string, found list"),
+        ([{"role": "user", "content": "a \ud83d"}], "content of message 1 is not valid Unicode"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": " "}], "instruction is empty"),
+    ],
+)
+def test_what_is_no_conversation_is_a_prompt_error(messages, says):
+    with pytest.raises(PromptError, match=re.escape(says)):
+        reduce_conversation(messages)
 
 
 def test_constants_are_parts_of_the_prompt():

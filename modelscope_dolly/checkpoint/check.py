@@ -116,7 +116,7 @@ def _notes(path: Path) -> list[tuple[str, str]]:
     entry = configuration.get("pipeline")
     kind = entry.get("type") if isinstance(entry, dict) else None
     if kind != PIPELINE_TYPE or configuration.get("allow_remote") or configuration.get("plugins"):
-        text = f"does not name {PIPELINE_TYPE!r} alone: ModelScope's pipeline() cannot load this directory, "
+        text = f"does not name {PIPELINE_TYPE!r} alone: ModelScope by itself cannot load this directory, "
         notes.append(("configuration.json", f"{text}modelscope_dolly.dolly_pipeline() can"))
     return notes
 
