@@ -57,10 +57,10 @@ def new_directory(target: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """The path of a temporary file beside `target` that becomes `target` when the block succeeds and is removed otherwise.
+    """A path beside `target` for the block to write and close; it becomes `target` when the block succeeds.
 
-    The block writes and closes it. It gets its name when its bytes are on the disk, so it is complete or absent even
-    after a power failure.
+    Otherwise it is removed. It gets its name when its bytes are on the disk: the file is complete or absent even after
+    a power failure.
 
     Raises:
         CheckpointError: `target` exists.

@@ -135,7 +135,7 @@ def _tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Iter
 
 
 def split_qkv(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """query_key_value [H * 3 * D, ...], head by head as transformers stores it -> [3 * H * D, ...]: all queries first."""
+    """query_key_value [H * 3 * D, ...], head by head as transformers has it -> [3 * H * D, ...], all queries first."""
     return tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
@@ -270,8 +270,8 @@ def _check_values(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, type_
         raise CheckpointError(f"{checkpoint.path}: {name} holds values that are not finite; run: dolly check")
     if largest > limit:
         raise CheckpointError(
-            f"{checkpoint.path}: {name} holds values up to {largest:.6g}, {type_name} ends at {limit:.6g}; give another "
-            f"--type of {', '.join(LARGEST)}"
+            f"{checkpoint.path}: {name} holds values up to {largest:.6g}, {type_name} ends at {limit:.6g}; "
+            f"give another --type of {', '.join(LARGEST)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF file: complete, of the right types, and refused where llama.cpp would read it differently."""
+"""The vocabulary of a GGUF file: complete, typed, and refused where llama.cpp would read it differently."""
 
 from __future__ import annotations
 
