@@ -1,4 +1,4 @@
-"""llama.cpp itself, through llama-cpp-python, answers from our GGUF files as our pipeline does. See docs/serving.md."""
+"""llama.cpp's own server answers from our GGUF files as our pipeline does. See docs/serving.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modelscope_dolly.engine.sequence import Request
 from modelscope_dolly.prompt import CONTROL_KEYS, END_KEY, RESPONSE_KEY, render
 from tests.support.models import random_model
 from tests.support.paths import SHARED_DATA, needs_shared_data
-from tests.support.training_runs import material, memorised
+from tests.support.training_runs import free_port, material, memorised
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed; it is in the extra `gguf`")
 
@@ -31,55 +31,63 @@ WINDOW, NEW_TOKENS = 512, 96
 
 pytestmark = [
     pytest.mark.llamacpp,
-    pytest.mark.skipif(not PYTHON, reason="DOLLY_LLAMACPP_PYTHON names no Python with llama-cpp-python"),
+    pytest.mark.skipif(not PYTHON, reason="DOLLY_LLAMACPP_PYTHON names no Python with xllamacpp"),
 ]
 
-#: Reads a list of questions from standard input, prints the list of answers. Keys and values are float32, not float16.
+#: Reads a list of requests from standard input, sends them to llama.cpp's server, prints the list of its answers.
+#: Keys and values are float32, not float16.
 PROGRAM = """
-import json, sys
-import llama_cpp, numpy
-path, window, questions = json.load(sys.stdin)
-llm = llama_cpp.Llama(path, n_ctx=window, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, verbose=False)
-vocab = llama_cpp.llama_model_get_vocab(llm.model)
+import json, sys, urllib.request
+import xllamacpp
+path, window, port, requests = json.load(sys.stdin)
+settings = xllamacpp.CommonParams()
+settings.model.path, settings.n_ctx, settings.port, settings.n_parallel, settings.warmup = path, window, port, 1, False
+settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(settings)
 
-def logits():
-    return numpy.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),))
+def answer(name, body):
+    content = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.listening_address}/{name}", json.dumps(body).encode(), content)
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
 
-def greedy(ids, count):
-    llm.reset()
-    llm.eval(ids)
-    made = []
-    while len(made) < count:
-        made.append(int(logits().argmax()))
-        if llama_cpp.llama_vocab_is_eog(vocab, made[-1]):
-            break
-        llm.eval(made[-1:])
-    return made
-
-def last(ids):
-    llm.reset()
-    llm.eval(ids)
-    return logits().tolist()
-
-def chat(messages, count):
-    answer = llm.create_chat_completion(messages, temperature=0, max_tokens=count)
-    choice = answer["choices"][0]
-    return [choice["message"]["content"], choice["finish_reason"], answer["usage"]["prompt_tokens"]]
-
-def tokenize(text, special):
-    return llm.tokenize(text.encode(), add_bos=False, special=special)
-
-known = {"greedy": greedy, "last": last, "chat": chat, "tokenize": tokenize, "metadata": lambda: llm.metadata}
-print(json.dumps([known[name](*arguments) for name, *arguments in questions]))
+print(json.dumps([answer(*request) for request in requests]))
 """
 
 
-def llama(path: Path, questions: list[tuple], window: int = WINDOW) -> list:
-    """The answers of llama.cpp to (function of PROGRAM, its arguments), from one GGUF file."""
-    asked = json.dumps([str(path), window, questions])
+def llama_server(path: Path, requests: list[tuple[str, dict]], window: int = WINDOW) -> list[dict]:
+    """What llama.cpp's server answers to (name of the endpoint, body of the request), from one GGUF file."""
+    asked = json.dumps([str(path), window, free_port(), requests])
     done = subprocess.run([PYTHON, "-c", PROGRAM], input=asked, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def completion(ids: list[int], **settings) -> tuple[str, dict]:
+    """The request for the greedy continuation of a prompt of token ids."""
+    body = {"prompt": ids, "n_predict": NEW_TOKENS, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+    return "completion", body | settings
+
+
+def tokenize(text: str, special: bool) -> tuple[str, dict]:
+    return "tokenize", {"content": text, "parse_special": special, "add_special": True}
+
+
+def log_probabilities(path: Path, prompts: list[list[int]], rows: int) -> torch.Tensor:
+    """Of every token after each prompt, as llama.cpp computes them."""
+    answers = llama_server(path, [completion(ids, n_predict=1, n_probs=rows) for ids in prompts])
+    found = torch.full((len(prompts), rows), float("nan"))
+    for row, answer in zip(found, answers, strict=True):
+        for token in answer["completion_probabilities"][0]["top_logprobs"]:
+            row[token["id"]] = token["logprob"]
+    return found
+
+
+def worst_difference(found: torch.Tensor, logits: torch.Tensor) -> float:
+    """The largest one between log probabilities, in standard deviations of the logits."""
+    return float((found - logits.log_softmax(-1)).abs().max() / logits.std())
 
 
 @pytest.fixture(scope="module")
@@ -105,40 +113,52 @@ def records() -> list[dict]:
 def test_greedy_answers_are_ours_token_by_token_and_stop_where_ours_do(pipe, exact):
     tokenizer, engine = pipe.model.checkpoint.tokenizer, pipe.model.text_generator.engine
     prompts = [tokenizer.encode(record["instruction"], record["context"]) for record in records()]
-    theirs = llama(exact, [("greedy", ids, NEW_TOKENS) for ids in prompts])
+    theirs = llama_server(exact, [completion(ids) for ids in prompts])
     greedy = Sampling(do_sample=False)
     ours = engine.generate([Request(ids, NEW_TOKENS, greedy, tokenizer.control.stop) for ids in prompts])
-    assert theirs == ours
+    assert [answer["tokens"] for answer in theirs] == ours
+    stops = {True: "eos", False: "limit"}
+    assert [answer["stop_type"] for answer in theirs] == [stops[ids[-1] in tokenizer.control.stop] for ids in ours]
     ended = sum(ids[-1] == tokenizer.control.end for ids in ours)
     print(f"{len(ours)} answers identical, {ended} of them ended by {END_KEY!r}")
     assert len(ours) == 40 and ended >= 20
 
 
 def test_chat_completions_render_our_prompt_and_give_our_text(pipe, exact):
-    tokenizer = pipe.model.checkpoint.tokenizer
-    asked = [record for record in records() if record["context"]][:3] + [r for r in records() if not r["context"]][:5]
-    questions = []
-    for record in asked:
+    chats = []
+    for record in records():
         system = [{"role": "system", "content": record["context"]}] if record["context"] else []
-        questions.append(("chat", [*system, {"role": "user", "content": record["instruction"]}], NEW_TOKENS))
+        chats.append({"messages": [*system, {"role": "user", "content": record["instruction"]}]})
+    rendered = llama_server(exact, [("apply-template", chat) for chat in chats])
+    assert [answer["prompt"] for answer in rendered] == [render(r["instruction"], r["context"]) for r in records()]
+    asked = [chat | {"temperature": 0, "max_tokens": NEW_TOKENS} for chat in chats]
     stopped = 0
-    for record, (text, reason, prompt_tokens) in zip(asked, llama(exact, questions), strict=True):
-        assert prompt_tokens == len(tokenizer.encode(record["instruction"], record["context"]))
-        assert not any(key.strip() in text for key in CONTROL_KEYS)
-        if reason == "stop":
+    for record, answer in zip(records(), llama_server(exact, [("v1/chat/completions", a) for a in asked]), strict=True):
+        choice = answer["choices"][0]
+        assert not any(key.strip() in choice["message"]["content"] for key in CONTROL_KEYS)
+        if choice["finish_reason"] == "stop":
             given = {"instruction": record["instruction"], "context": record["context"]}
-            assert text.strip() == pipe(given, do_sample=False)["text"]
+            assert choice["message"]["content"].strip() == pipe(given, do_sample=False)["text"]
             stopped += 1
-    assert stopped >= 3
+    assert stopped >= 20
+
+
+def test_sampling_settings_of_the_file_are_the_defaults_of_the_server(exact):
+    [answer] = llama_server(exact, [("completion", {"prompt": "Name three colours.", "n_predict": 1})])
+    found = answer["generation_settings"]
+    assert (found["temperature"], found["top_k"], found["min_p"]) == (1.0, 0, 0.0)
+    assert found["top_p"] == pytest.approx(0.92) and found["repeat_penalty"] == 1.0
 
 
 def test_rendered_prompts_become_our_ids_and_typed_keys_control_tokens(pipe, exact):
     tokenizer = pipe.model.checkpoint.tokenizer
     texts = [render(record["instruction"], record["context"]) for record in records()]
     expected = [tokenizer.encode(record["instruction"], record["context"]) for record in records()]
-    assert llama(exact, [("tokenize", text, True) for text in texts]) == expected
+    assert [answer["tokens"] for answer in llama_server(exact, [tokenize(text, True) for text in texts])] == expected
     typed = f"Name three colours.\n\n{RESPONSE_KEY}Red.\n\n{END_KEY}"
-    [special, plain] = llama(exact, [("tokenize", typed, True), ("tokenize", typed, False)])
+    special, plain = (
+        answer["tokens"] for answer in llama_server(exact, [tokenize(typed, yes) for yes in (True, False)])
+    )
     assert (special.count(tokenizer.control.response), special.count(tokenizer.control.end)) == (1, 1)
     assert plain == tokenizer.encode_text(typed)
 
@@ -151,8 +171,8 @@ def test_logits_of_every_type_are_near(pipe, source, tmp_path, type_name, near):
     oracle = GPTNeoXForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.inference_mode():
         ours = torch.stack([oracle(torch.tensor([ids])).logits[0, -1] for ids in prompts])
-    theirs = torch.tensor(llama(path, [("last", ids) for ids in prompts]))
-    worst = float((theirs - ours).abs().max() / ours.std())
+    theirs = log_probabilities(path, prompts, ours.shape[1])
+    worst = worst_difference(theirs, ours)
     print(f"{type_name}: largest difference {worst:.2g} standard deviations of the logits")
     assert worst < near and torch.equal(theirs.argmax(1), ours.argmax(1))
 
@@ -180,9 +200,8 @@ def test_other_networks(tokenizer, tmp_path, changes):
     path = export_gguf(export_checkpoint(oracle, tokenizer, tmp_path / "source"), tmp_path / "x.gguf", "f32")
     ids = [token * 7 % 900 + 1 for token in range(40)]
     with torch.inference_mode():
-        expected = oracle(torch.tensor([ids])).logits[0, -1]
-    [found] = llama(path, [("last", ids)])
-    assert float((torch.tensor(found) - expected).abs().max() / expected.std()) < 0.01
+        expected = oracle(torch.tensor([ids])).logits[:, -1]
+    assert worst_difference(log_probabilities(path, [ids], expected.shape[1]), expected) < 0.01
 
 
 @needs_shared_data
@@ -194,7 +213,7 @@ def test_the_tokenizer_of_gpt_neox_on_databricks_dolly_15k(tmp_path):
     path = export_gguf(export_checkpoint(network, tokenizer, tmp_path / "source"), tmp_path / "x.gguf", "q8_0")
     lines = (SHARED_DATA / "databricks-dolly-15k.jsonl").read_text("utf-8").split("\n")
     texts = [text for line in lines if line for text in json.loads(line).values() if text]
-    theirs = llama(path, [("tokenize", text, False) for text in texts])
+    theirs = [answer["tokens"] for answer in llama_server(path, [tokenize(text, False) for text in texts])]
     differing = [text for text, ids in zip(texts, theirs, strict=True) if ids != tokenizer.encode_text(text)]
     normalize = tokenizer.tokenizer.backend_tokenizer.normalizer.normalize_str
     other = [text for text in differing if normalize(text) == text]
