@@ -156,14 +156,13 @@ def test_rendered_prompts_become_our_ids_and_typed_keys_control_tokens(pipe, exa
     expected = [tokenizer.encode(record["instruction"], record["context"]) for record in records()]
     assert [answer["tokens"] for answer in llama_server(exact, [tokenize(text, True) for text in texts])] == expected
     typed = f"Name three colours.\n\n{RESPONSE_KEY}Red.\n\n{END_KEY}"
-    special, plain = (
-        answer["tokens"] for answer in llama_server(exact, [tokenize(typed, yes) for yes in (True, False)])
-    )
+    answers = llama_server(exact, [tokenize(typed, True), tokenize(typed, False)])
+    special, plain = (answer["tokens"] for answer in answers)
     assert (special.count(tokenizer.control.response), special.count(tokenizer.control.end)) == (1, 1)
     assert plain == tokenizer.encode_text(typed)
 
 
-@pytest.mark.parametrize(("type_name", "near"), [("f32", 1e-3), ("f16", 0.02), ("bf16", 0.15), ("q8_0", 0.3)])
+@pytest.mark.parametrize(("type_name", "near"), [("f32", 0.005), ("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.3)])
 def test_logits_of_every_type_are_near(pipe, source, tmp_path, type_name, near):
     tokenizer = pipe.model.checkpoint.tokenizer
     prompts = [tokenizer.encode(record["instruction"], record["context"]) for record in records()[:6]]
@@ -218,4 +217,4 @@ def test_the_tokenizer_of_gpt_neox_on_databricks_dolly_15k(tmp_path):
     normalize = tokenizer.tokenizer.backend_tokenizer.normalizer.normalize_str
     other = [text for text in differing if normalize(text) == text]
     print(f"{len(texts)} texts, {len(differing)} differ, {len(other)} of them in NFC")
-    assert len(texts) > 40_000 and other == []
+    assert len(texts) > 30_000 and other == []
