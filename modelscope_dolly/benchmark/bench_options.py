@@ -87,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--peer-python", action="append", default=[], metavar="PEER=PYTHON",
         help=f"interpreter in which a peer is installed; for llamacpp, its llama-batched-bench (or ${PEER_VARIABLE})",
     )  # fmt: skip
-    beside.add_argument("--gguf", metavar="FILE", help="the same weights for llamacpp, by dolly export")
+    beside.add_argument("--gguf", metavar="FILE", help="the same weights for llamacpp, by its convert_hf_to_gguf.py")
     files = parser.add_argument_group("files")
     files.add_argument("--data", metavar="FILE", help="jsonl with instruction, context, response (--quality, --lookup)")
     files.add_argument("--records", type=int, help="how many of them, drawn by --seed (default: 32; 8 with --lookup)")

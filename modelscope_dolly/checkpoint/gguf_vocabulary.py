@@ -85,6 +85,8 @@ def _check(backend: Mapping[str, Any]) -> None:
                 f"tokenizer.json: {name} is {found!r}, llama.cpp reads {' or '.join(map(repr, allowed))} for a "
                 "tokenizer of the GPT-NeoX kind and would make other tokens of the same text"
             )
+    if not backend["model"]["merges"]:
+        raise CheckpointError("tokenizer.json: the model has no merges, and llama.cpp loads no such tokenizer")
     for token in backend["added_tokens"]:
         if token["single_word"] or token["lstrip"] or token["rstrip"]:
             raise CheckpointError(

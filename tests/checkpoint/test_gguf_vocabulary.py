@@ -117,6 +117,7 @@ def _set(*path_and_value):
         (_set("pre_tokenizer", {"type": "Whitespace"}), "pre_tokenizer.type is 'Whitespace', llama.cpp reads 'Byte"),
         (_set("normalizer", {"type": "NFKC"}), "normalizer.type is 'NFKC', llama.cpp reads None or 'NFC'"),
         (_set("model", "ignore_merges", True), "model.ignore_merges is True"),
+        (_set("model", "merges", []), "the model has no merges, and llama.cpp loads no such tokenizer"),
         (_set("added_tokens", 0, "lstrip", True), "looked for with single_word, lstrip or rstrip"),
     ],
 )
