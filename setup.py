@@ -20,6 +20,7 @@ RUN = [
 ]
 TRAIN = ["deepspeed>=0.18", "peft>=0.17", "tensorboard>=2.16", "matplotlib>=3.8", "PyYAML>=6"]
 EVAL = ["lm_eval[hf]>=0.4.13,<0.5", "datasets>=3", "matplotlib>=3.8", "numpy>=1.26"]
+GGUF = ["gguf>=0.19"]  # for dolly export
 DEV = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.14", "markdown-it-py>=3", "setuptools>=64", "wheel"]
 # Runs the GPU kernels on a CPU, and compiles them where there is no GPU; torch for CUDA brings it along.
 DEV += ['triton>=3.5; platform_system == "Linux"']
@@ -48,7 +49,7 @@ setup(
     package_data={"modelscope_dolly": ["configuration.json", "kernels/csrc/*"]},
     ext_modules=[KERNELS],
     install_requires=RUN,
-    extras_require={"train": TRAIN, "eval": EVAL, "dev": DEV},
+    extras_require={"train": TRAIN, "eval": EVAL, "gguf": GGUF, "dev": DEV},
     entry_points={
         "console_scripts": ["dolly = modelscope_dolly.cli:main"],
         "modelscope_hub.cli_plugins": ["dolly = modelscope_dolly.cli:ModelScopeCommand"],

@@ -42,9 +42,7 @@ def new_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     target = Path(target).resolve()  # through a link: what it points to is replaced, on that file system
     _check_absent(target, replace)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process id alone: in a container it is often the same one again, and a killed process leaves its files.
-    unique = f"{os.getpid()}.{secrets.token_hex(4)}"
-    incomplete, old = (target.with_name(f".{target.name}.{unique}.{state}") for state in ("incomplete", "old"))
+    incomplete, old = _names_beside(target, "incomplete", "old")
     incomplete.mkdir()
     try:
         yield incomplete
@@ -57,9 +55,39 @@ def new_directory(target: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(incomplete, ignore_errors=True)
 
 
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A path beside `target` for the block to write and close; it becomes `target` when the block succeeds.
+
+    Otherwise it is removed. It gets its name when its bytes are on the disk: the file is complete or absent even after
+    a power failure.
+
+    Raises:
+        CheckpointError: `target` exists.
+    """
+    target = Path(target).resolve()
+    _check_absent(target, replace=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    [incomplete] = _names_beside(target, "incomplete")
+    try:
+        yield incomplete
+        with open(incomplete, "rb+") as file:
+            os.fsync(file.fileno())
+        _check_absent(target, replace=False)  # another writer may have been faster
+        incomplete.rename(target)
+    finally:
+        incomplete.unlink(missing_ok=True)
+
+
+def _names_beside(target: Path, *states: str) -> list[Path]:
+    # Not the process id alone: in a container it is often the same one again, and a killed process leaves its files.
+    unique = f"{os.getpid()}.{secrets.token_hex(4)}"
+    return [target.with_name(f".{target.name}.{unique}.{state}") for state in states]
+
+
 def _check_absent(target: Path, replace: bool) -> None:
     if target.exists() and not (replace and target.is_dir()):
-        raise CheckpointError(f"{target}: exists already; give another directory or remove this one")
+        raise CheckpointError(f"{target}: exists already; give another name or remove it")
 
 
 def read_json(path: Path) -> dict:

@@ -17,6 +17,7 @@ from modelscope_dolly.files import (
     free_disk,
     gigabytes,
     new_directory,
+    new_file,
     read_json,
     write_atomically,
     write_json,
@@ -52,6 +53,32 @@ def test_an_existing_directory_is_only_replaced_on_demand(tmp_path):
     with new_directory(target, replace=True) as directory:
         (directory / "new").write_text("new", encoding="utf-8")
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "new"]
+
+
+def test_a_file_gets_its_name_when_the_block_ends_well(tmp_path):
+    target = tmp_path / "deep" / "target"
+    with new_file(target) as path:
+        path.write_text("text", encoding="utf-8")
+        assert not target.exists()
+    assert list(target.parent.iterdir()) == [target] and target.read_text(encoding="utf-8") == "text"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_file_that_was_not_finished_is_removed(tmp_path, error):
+    with pytest.raises(error), new_file(tmp_path / "target") as path:
+        path.write_text("half", encoding="utf-8")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_file_replaces_nothing_even_if_it_came_meanwhile(tmp_path):
+    target = tmp_path / "target"
+    with pytest.raises(CheckpointError, match="exists already"), new_file(target) as path:
+        path.write_text("mine", encoding="utf-8")
+        target.write_text("theirs", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="exists already"), new_file(target):
+        pytest.fail("the block must not begin")
+    assert list(tmp_path.iterdir()) == [target] and target.read_text(encoding="utf-8") == "theirs"
 
 
 def test_a_file_is_never_replaced(tmp_path):

@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from modelscope_dolly import dolly_pipeline
 from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
-from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.engine.sequence import Request
 from modelscope_dolly.prompt import CONTROL_KEYS, END_KEY, RESPONSE_KEY
-from tests.support.training_runs import complete, free_port, material, write_recipe
+from tests.support.training_runs import free_port, material, memorised
 from train.publishing.publish_settings import PublishSettings
 from train.publishing.staging import stage
 
@@ -36,29 +33,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    """A staged directory of a small model that knows most of 40 records by heart.
-
-    Its heads are 64 wide: vLLM's attention on CPUs refuses those of our other test models.
-    """
-    folder = tmp_path_factory.mktemp("serving")
-    tokenizer = read_tokenizer(material() / "base")
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=len(tokenizer.tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=256,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    export_checkpoint(GPTNeoXForCausalLM(config), tokenizer, folder / "base")
-    changes = {"model": str(folder / "base"), "test_size": 0, "epochs": 60, "learning_rate": 3e-3, "save_every": 1000}
-    recipe = write_recipe(folder, **changes)
-    complete(recipe)
-    return stage(folder / "run" / "final", PublishSettings("me/dolly", "v1.0.0")).directory
+    """A staged directory of a small model that knows most of 40 records by heart."""
+    final = memorised(tmp_path_factory.mktemp("serving"))
+    return stage(final, PublishSettings("me/dolly", "v1.0.0")).directory
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["whole", "spread over two"])

@@ -56,13 +56,16 @@ def cache_directory() -> Path:
     return Path(get_cache_dir())
 
 
+def snapshot_name(path: Path) -> tuple[str, str] | None:
+    """Hub id and revision of a directory in ModelScope's cache; None for any other directory."""
+    found = re.search(r"models/([^/]+)--([^/]+)/snapshots/([^/]+)$", path.absolute().as_posix())
+    return (f"{found[1]}/{found[2]}", found[3]) if found else None
+
+
 def repair_hint(path: Path) -> str:
     """The command that downloads a good copy, with the hub id where the path shows it."""
-    snapshot = re.search(r"models/([^/]+)--([^/]+)/snapshots/([^/]+)$", path.absolute().as_posix())
-    if snapshot:
-        model, revision, target = f"{snapshot[1]}/{snapshot[2]}", snapshot[3], ""
-    else:
-        model, revision, target = "OWNER/NAME", "REVISION", f" --local_dir {shlex.quote(str(path))}"
+    target = "" if snapshot_name(path) else f" --local_dir {shlex.quote(str(path))}"
+    model, revision = snapshot_name(path) or ("OWNER/NAME", "REVISION")
     return f"To repair it: modelscope download --model {model} --revision {revision}{target}"
 
 

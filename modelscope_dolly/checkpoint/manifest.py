@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -72,18 +72,19 @@ def differences(directory: Path, names: Iterable[str] | None = None) -> list[str
         return [message for message in messages if message]
 
 
-def model_digest(directory: Path, weights: Iterable[Path]) -> str:
+def model_digest(directory: Path, weights: Iterable[Path], verified: Container[str] = ()) -> str:
     """SHA-256 over names and digests of all files that determine a model's answers.
 
     Args:
         directory: of the model.
         weights: its weight files.
+        verified: names of files that have just been compared with the manifest, and need not be read again.
 
     Raises:
         CheckpointError: there is a manifest, and a file is not the one that it lists.
     """
     names = [file.name for file in weights] + [name for name in _MODEL_FILES if (directory / name).is_file()]
-    if messages := differences(directory, names):
+    if messages := differences(directory, [name for name in names if name not in verified]):
         raise CheckpointError(messages[0])
     entries = read(directory)
     if entries is not None:

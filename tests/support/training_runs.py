@@ -28,6 +28,7 @@ import torch
 import yaml
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from tests.support.paths import ROOT
 from train.nano import build_tokenizer, read_records
@@ -83,6 +84,30 @@ def material() -> Path:
     )
     export_checkpoint(GPTNeoXForCausalLM(config), tokenizer, folder / "base")
     return folder
+
+
+def memorised(folder: Path) -> Path:
+    """The result of a run of the recipe in `folder`: a small model that knows most of the 40 records by heart.
+
+    Its heads are 64 wide: the attention of vLLM on CPUs refuses those of our other test models.
+    """
+    tokenizer = read_tokenizer(material() / "base")
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer.tokenizer),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=256,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    export_checkpoint(GPTNeoXForCausalLM(config), tokenizer, folder / "base")
+    changes = {"model": str(folder / "base"), "test_size": 0, "epochs": 60, "learning_rate": 3e-3, "save_every": 1000}
+    complete(write_recipe(folder, **changes))
+    return folder / "run" / "final"
 
 
 def write_recipe(folder: Path, **changes) -> Path:
