@@ -91,7 +91,7 @@ def test_all_problems_are_told_at_once():
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "says"), [("a: [", "not YAML"), ("- a\n- b", "must hold"), ("1: 2", "must hold")])
+@pytest.mark.parametrize(("text", "says"), [("a: [", "not YAML"), ("- a\n- b", "must hold"), ("", "found nothing")])
 def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text, says):
     with pytest.raises(SettingError, match=says) as caught:
         from_command(tmp_path, text)

@@ -103,14 +103,14 @@ class Hardware:
         first, *rest = text.upper().replace(" ", "").split(",")
         sizes = {"HOST": None, "DISK": None}
         for part in rest:
-            match = re.fullmatch(r"(HOST|DISK)=(\d+)([GT])", part)
+            match = re.fullmatch(r"(HOST|DISK)=([0-9]{1,7})([GT])", part)
             if match is None:
                 raise SettingError(f"hardware {text!r}: {part.lower()!r} must look like host=512G or disk=2T")
             sizes[match[1]] = int(match[2]) * GIB * (1024 if match[3] == "T" else 1)
         if first == "CPU":
             return cls("CPU", 0, 0, sizes["HOST"], sizes["DISK"], False)
-        count, name = re.fullmatch(r"(?:(\d+)X)?(.*)", first).groups()
-        nominal = re.fullmatch(r".+-(\d+)G", name)
+        count, name = re.fullmatch(r"(?:([0-9]{1,5})X)?(.*)", first).groups()
+        nominal = re.fullmatch(r".+-([0-9]{1,6})G", name)
         if nominal is None or int(nominal[1]) <= 2 * RESERVE or (count and int(count) == 0):
             raise SettingError(f"hardware {text!r}: {unknown_name('GPU', name, (*CARDS, 'NxNAME-NNG', 'cpu'))}")
         computes_bf16, corrects = CARDS.get(name, (not name.startswith(_OLD), True))
