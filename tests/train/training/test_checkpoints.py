@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -126,6 +126,7 @@ def sound(tmp_path_factory) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_flipped_byte_of_any_file_is_found(sound, data):
     file = data.draw(st.sampled_from(sorted(sound)))
@@ -148,6 +149,7 @@ def test_contents_are_compared_where_that_is_asked_for(tmp_path):
         open_run_checkpoint(path, verify=True)
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=200)
     | st.recursive(
