@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from modelscope_dolly.errors import SettingError
 
-#: Records in all epochs together. 10 million plan in about a minute; it is 333 runs of the public recipe.
+#: Records in all epochs together: 333 times those of the public recipe. More would be planned for many minutes.
 MOST_RECORDS = 10_000_000
 #: Records of one forward pass. An empty one runs a single token that has no label: all ranks must take part.
 Pass = tuple[int, ...]
