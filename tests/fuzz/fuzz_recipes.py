@@ -164,12 +164,28 @@ def a_recipe(data: st.DataObject) -> None:
     """A recipe file is a configuration, or one line."""
     path = folder() / "recipe.yaml"
     path.write_bytes(data.draw(recipes).encode("utf-8", "surrogatepass"))
+    configured_or_one_line(path)
+
+
+def configured_or_one_line(path: Path) -> None:
     try:
         json.dumps(
             vars(build({"model": "m", "dataset": "d", "output_dir": "o"} | read_recipe(path)).config), allow_nan=False
         )
     except DollyError as error:
         one_line(str(error))
+
+
+def every_word() -> None:
+    """Each of WORDS as the value of a setting of each type, and as a whole recipe."""
+    path = folder() / "recipe.yaml"
+    for word in WORDS:
+        for text in (
+            word,
+            *(f"{name}: {word}" for name in ("epochs", "seed", "strict", "learning_rate", "lora", "model")),
+        ):
+            path.write_bytes(text.encode("utf-8", "surrogatepass"))
+            configured_or_one_line(path)
 
 
 class Planned(DollyError):
@@ -246,7 +262,7 @@ def a_damaged_run(data: st.DataObject) -> None:
     (run / NAME).write_bytes(data.draw(st.binary(max_size=520)))
 
     with locked(run):
-        damaged = {path.parent.name for path, content in whole.items() if path.read_bytes() != content}
+        damaged = {path.parent.name for path, content in whole.items() if not same(path.read_bytes(), content)}
         expected = next((step for step in (2, 1) if f"checkpoint-{step}" not in damaged), None)
         choice = choose_resume(run, "auto", origin)
         assert (choice.checkpoint.step if choice.checkpoint else None) == expected
@@ -263,6 +279,14 @@ def a_damaged_run(data: st.DataObject) -> None:
             except DollyError as error:
                 one_line(str(error))
     assert not (run / NAME).exists()
+
+
+def same(found: bytes, written: bytes) -> bool:
+    """Whether a file says what it said: another space in its JSON is no damage."""
+    try:
+        return found == written or json.loads(found) == json.loads(written)
+    except (ValueError, RecursionError):
+        return False
 
 
 def damaged_bytes(data: st.DataObject, content: bytes) -> bytes:

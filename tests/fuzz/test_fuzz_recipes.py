@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz.fuzz_recipes import TARGETS, examples, main
+from tests.fuzz.fuzz_recipes import TARGETS, every_word, examples, main
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.__name__)
 def test_a_slice(target):
     examples(target, 30, seed=1)
+
+
+def test_every_word_that_was_a_mistake_once():
+    every_word()
 
 
 def test_the_command_prints_its_seeds(capsys, monkeypatch):

@@ -156,6 +156,23 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
         pass
 
 
+def test_a_lock_that_its_holder_removes_just_now_is_nobodys(tmp_path, monkeypatch):
+    """Between opening the file and locking it: the next one to come would make a file of its own."""
+    flocks = []
+
+    def flock(descriptor):
+        flocks.append(descriptor)
+        if len(flocks) == 1:
+            (tmp_path / NAME).unlink()
+        return True
+
+    monkeypatch.setattr(run_lock, "_flock", flock)
+    lock, _ = acquire(tmp_path)
+    lock.check()
+    lock.release()
+    assert len(flocks) == 2
+
+
 def race(run: Path, times: int) -> None:
     while times:
         try:
