@@ -278,6 +278,19 @@ def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(tmp
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+def test_a_run_whose_lock_was_taken_over_stops_before_it_writes(tmp_path):
+    """As one that was suspended for minutes on another machine."""
+    run = Processes(write_recipe(tmp_path), before=functools.partial(pause_at, 8))
+    run.wait_for_step(8)
+    lock = tmp_path / "run" / "run.lock"
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "far", "token": "another"}).ljust(511) + "\n")
+    before = sorted((tmp_path / "run").rglob("*"))
+    run.ranks[0].terminate()
+    assert run.wait() == [2]
+    assert f"run.lock: taken over by process {run.ranks[0].pid} on far" in run.stderr().splitlines()[-1]
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
 def test_a_checkpoint_of_other_settings_is_refused_unless_it_is_named(tmp_path):
     recipe = write_recipe(tmp_path)
     run = Processes(recipe, "--learning-rate", "1e-2", before=functools.partial(pause_at, 8))
