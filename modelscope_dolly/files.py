@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -85,6 +86,21 @@ def _names_beside(target: Path, *states: str) -> list[Path]:
     return [target.with_name(f".{target.name}.{unique}.{state}") for state in states]
 
 
+def remove_leftovers(target: Path) -> list[Path]:
+    """Remove what processes left that were killed in new_directory(target), which may be as large as a model.
+
+    Only for a caller who knows that nobody is writing `target` now. The previous directory (`.old`) is kept where
+    `target` is missing: it is the only one.
+    """
+    target = Path(target).resolve()
+    leftover = re.compile(re.escape(f".{target.name}.") + r"[0-9]+\.[0-9a-f]{8}\.(incomplete|old)")
+    found = [path for path in target.parent.glob(".*") if (match := leftover.fullmatch(path.name))
+             and (match[1] == "incomplete" or target.exists())]  # fmt: skip
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
 def _check_absent(target: Path, replace: bool) -> None:
     if target.exists() and not (replace and target.is_dir()):
         raise CheckpointError(f"{target}: exists already; give another name or remove it")
@@ -116,11 +132,16 @@ def read_json_lines(path: Path, check: Callable[[dict], str | None]) -> list[dic
         SettingError: names the file and the line, what was found and what was expected.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        data = path.read_bytes()
     except OSError as error:
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_json_lines(data, path, check)
+
+
+def parse_json_lines(data: bytes, path: Path, check: Callable[[dict], str | None]) -> list[dict]:
+    """As read_json_lines, of bytes that were read from `path`."""
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

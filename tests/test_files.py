@@ -19,9 +19,30 @@ from modelscope_dolly.files import (
     new_directory,
     new_file,
     read_json,
+    remove_leftovers,
     write_atomically,
     write_json,
 )
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    leftovers = [".final.7.0a1b2c3d.incomplete", ".final.123456.ffffffff.incomplete", ".final.7.0a1b2c3d.old"]
+    others = [
+        "final.7.0a1b2c3d.incomplete",
+        ".final.x.0a1b2c3d.incomplete",
+        ".final.7.0a1b2c3.incomplete",
+        ".finale.7.0a1b2c3d.incomplete",
+        ".final.staged.7.0a1b2c3d.incomplete",
+        ".final.7.0a1b2c3d.new",
+    ]
+    for name in leftovers + others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    assert sorted(path.name for path in remove_leftovers(tmp_path / "final")) == sorted(leftovers[:2])
+    assert (tmp_path / leftovers[2]).exists()  # the only one there is
+    (tmp_path / "final").mkdir()
+    assert [path.name for path in remove_leftovers(tmp_path / "final")] == leftovers[2:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "final"])
 
 
 def test_a_block_that_ends_well_becomes_the_target(tmp_path):

@@ -32,11 +32,13 @@ from train.distributed import world_size
 from train.finetune import exit_code, set_up, train
 from train.planning.hardware import gib
 from train.prepare import Batching
+from train.recipe_file import shown
 from train.training.loss import summed_cross_entropy
 from train.training.report import read_metrics
 
 MODES = ("padded", "packed")
 PEAK = "peak.json"
+MOST_STEPS, MOST_PROCESSES = 10_000, 1024
 #: Settings that a measurement gives itself.
 _FIXED = {"save_every": str(10**9), "eval_every": "0", "report_to": "none", "resume": "no"}
 
@@ -53,8 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.measure:
             return exit_code("train.bench", lambda: measure(resolve(options), options.measure))
         config = resolve(options).config
-        if options.steps < 2:
-            raise DollyError(f"--steps is {options.steps}, it must be at least 2: the first is not counted")
+        if not 2 <= options.steps <= MOST_STEPS:
+            allowed = f"at least 2, of which the first is not counted, and at most {MOST_STEPS:,}"
+            raise DollyError(f"--steps is {shown(options.steps)}, it must be {allowed}")
+        if not 1 <= options.processes <= MOST_PROCESSES:
+            found = shown(options.processes)
+            raise DollyError(f"--processes is {found}, it must be at least 1 and at most {MOST_PROCESSES}")
         results = {mode: run_mode(config, options, mode) for mode in MODES}
     except DollyError as error:
         print(f"train.bench: {error}", file=sys.stderr)

@@ -11,14 +11,14 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from modelscope_dolly.errors import SettingError, unknown_name
+from modelscope_dolly.errors import SettingError, one_line, unknown_name
+from train.recipe_file import parse, problem, read_recipe, shown
 
 SCHEDULES = ("warmup", "cosine", "linear")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -28,10 +28,17 @@ SWITCH = ("auto", "true", "false")
 _PACKED = "batches are always packed; python -m train.bench compares them with padded ones: remove this line"
 #: Settings of earlier versions -> what to do about them.
 REMOVED = {"batching": _PACKED, "padded_batch_size": _PACKED}
+#: A number as people write it: `5e-6` and `.5` as well as JSON's.
+_DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 def _option(default: Any, doc: str, choices: Sequence[str] | None = None) -> Any:
     return field(default=default, metadata={"doc": doc, "choices": choices})
+
+
+def _count(default: int, least: int, most: int, doc: str) -> Any:
+    """A whole number. Its upper limit is far above what anybody trains with, and below what a mistake costs."""
+    return field(default=default, metadata={"doc": doc, "choices": None, "limits": (least, most)})
 
 
 @dataclass(frozen=True)
@@ -47,16 +54,16 @@ class TrainConfig:
     columns: dict = _option(None, "our name -> the column's, for instance {instruction: question, response: answer}")
     output_dir: str = _option("", "directory of the run (required)")
     strict: bool = _option(False, "refuse to train when any record is unusable, instead of dropping it")
-    max_length: int = _option(2048, "records of this many tokens or more are dropped, as in the public recipe")
-    test_size: int = _option(200, "records held out for evaluation")
-    seed: int = _option(42, "of the split, the order of the records, and the adapters")
-    epochs: int = _option(2, "passes over the records")
-    max_steps: int = _option(0, "stop after this many optimizer steps, for trials; 0: all")
-    global_batch_size: int = _option(48, "records per optimizer step, over all ranks and accumulation steps")
-    tokens_per_batch: int = _option(2048, "most tokens in one forward pass of one rank")
+    max_length: int = _count(2048, 1, 2**20, "records of this many tokens or more are dropped, as in the public recipe")
+    test_size: int = _count(200, 0, 10**7, "records held out for evaluation")
+    seed: int = _count(42, 0, 2**32 - 1, "of the split, the order of the records, and the adapters")
+    epochs: int = _count(2, 1, 10_000, "passes over the records")
+    max_steps: int = _count(0, 0, 10**7, "stop after this many optimizer steps, for trials; 0: all")
+    global_batch_size: int = _count(48, 1, 2**16, "records per optimizer step, over all ranks and accumulation steps")
+    tokens_per_batch: int = _count(2048, 1, 2**20, "most tokens in one forward pass of one rank")
     learning_rate: float = _option(5e-6, "peak learning rate of AdamW")
     schedule: str = _option("warmup", "warmup: DeepSpeed's WarmupLR, then constant; cosine; linear", SCHEDULES)
-    warmup_steps: int = _option(50, "optimizer steps until the peak")
+    warmup_steps: int = _count(50, 0, 10**7, "optimizer steps until the peak")
     weight_decay: float = _option(0.0, "of AdamW")
     adam_beta1: float = _option(0.9, "of AdamW")
     adam_beta2: float = _option(0.999, "of AdamW")
@@ -74,9 +81,9 @@ class TrainConfig:
     resume: str = _option(
         "auto", "auto: newest complete checkpoint; no: from the base model; or a checkpoint directory"
     )
-    save_every: int = _option(200, "optimizer steps between checkpoints")
-    keep_checkpoints: int = _option(2, "older complete checkpoints are removed")
-    eval_every: int = _option(50, "optimizer steps between evaluations of the held-out records; 0: never")
+    save_every: int = _count(200, 1, 10**9, "optimizer steps between checkpoints")
+    keep_checkpoints: int = _count(2, 1, 10**6, "older complete checkpoints are removed")
+    eval_every: int = _count(50, 0, 10**9, "optimizer steps between evaluations of the held-out records; 0: never")
     report_to: str = _option("tensorboard", "comma-separated: tensorboard, swanlab, wandb, or none")
     publish: dict = _option(None, "publish the result, for instance {model_id: me/x, revision: v1.0.0}")
 
@@ -86,14 +93,18 @@ class TrainConfig:
 
         def require(holds: bool, name: str, allowed: str) -> None:
             if not holds:
-                problems.append(f"{name} is {getattr(self, name)!r}, it must be {allowed}")
+                problems.append(f"{name} is {shown(getattr(self, name))}, it must be {allowed}")
 
         for name in ("model", "dataset", "output_dir"):
             if not getattr(self, name):
                 problems.append(f"{name} is missing: set it in the file or with {flag(name)}")
-        for name in ("max_length", "epochs", "global_batch_size", "tokens_per_batch", "save_every", "keep_checkpoints"):
-            require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("test_size", "seed", "max_steps", "warmup_steps", "eval_every", "gradient_clip", "weight_decay"):
+        for key in dataclasses.fields(self):
+            if "limits" in key.metadata:
+                least, most = key.metadata["limits"]
+                value = getattr(self, key.name)
+                require(value >= least, key.name, f"at least {least}")
+                require(value <= most, key.name, f"at most {most:,}")
+        for name in ("gradient_clip", "weight_decay"):
             require(getattr(self, name) >= 0, name, "at least 0")
         require(self.learning_rate > 0, "learning_rate", "above 0")
         require(self.adam_epsilon > 0, "adam_epsilon", "above 0")
@@ -128,7 +139,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="YAML file, for instance train/recipes/dolly-v2-3b.yaml")
     group = parser.add_argument_group("settings (each overrides the key of the same name in the file)")
     for key in dataclasses.fields(TrainConfig):
-        # No types here: text is parsed as YAML, as in the file, so that both give the same errors.
+        # No types here: build() reads the text as it reads the file's, so that both give the same errors.
         group.add_argument(flag(key.name), metavar="VALUE", help=f"{key.metadata['doc']} (default: {key.default!r})")
 
 
@@ -138,13 +149,13 @@ def resolve(options: argparse.Namespace) -> Resolved:
     Raises:
         SettingError: unreadable file, unknown key, wrong type, or values out of range, all in one message.
     """
-    values, origins = {}, {}
-    for name, value in read_recipe(options.recipe).items():
-        values[name], origins[name] = value, str(options.recipe)
+    values = read_recipe(options.recipe)
+    # A path may have bytes that are not UTF-8, which could neither be printed nor written into run.json.
+    origins = dict.fromkeys(values, str(options.recipe).encode("utf-8", "backslashreplace").decode("utf-8"))
     for key in dataclasses.fields(TrainConfig):
         text = getattr(options, key.name, None)
         if text is not None:
-            values[key.name], origins[key.name] = _parse(flag(key.name), text), flag(key.name)
+            values[key.name], origins[key.name] = _parse(key, text), flag(key.name)
     return build(values, origins)
 
 
@@ -156,12 +167,13 @@ def build(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -
         if name in REMOVED:
             problems.append(f"{name} is no longer a setting: {REMOVED[name]}")
         elif name not in keys:
-            problems.append(unknown_name("setting", name, difflib.get_close_matches(name, keys, n=5, cutoff=0.0)))
+            word = one_line(ValueError(name), 80)
+            problems.append(unknown_name("setting", word, difflib.get_close_matches(word, keys, n=5, cutoff=0.0)))
         else:
             try:
                 typed[name] = _typed(keys[name], value)
             except ValueError as error:
-                problems.append(f"{name} is {value!r}, {error}")
+                problems.append(f"{name} is {shown(value)}, {error}")
     config = TrainConfig(**typed)
     problems += config.problems()
     if problems:
@@ -170,29 +182,21 @@ def build(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -
     return Resolved(config, {name: origins.get(name, "given" if name in typed else "default") for name in keys})
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file. Raises SettingError with the line of a mistake."""
+def _parse(key: dataclasses.Field, text: str) -> Any:
+    """The value of a flag: text as it stands (a path may have any character), anything else as in the file."""
+    if key.type == "str" or not text:
+        return text
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise SettingError(f"{path}: must hold `key: value` lines, found {type(values).__name__}")
-    return values
-
-
-def _parse(name: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text else text
-    except yaml.YAMLError as error:
-        raise SettingError(f"{name} {text!r}: not YAML: {' '.join(str(error).split())}") from None
+        return parse(text)
+    except ValueError as error:
+        raise SettingError(f"{flag(key.name)} {shown(text)}: not YAML of a recipe: {one_line(error)}") from None
 
 
 def _typed(key: dataclasses.Field, value: Any) -> Any:
     """`value` in the type of the key's default; ValueError says what was expected."""
     expected, choices = str(key.type), key.metadata["choices"]
+    if found := problem(value):
+        raise ValueError(found)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if expected == "bool" and not isinstance(value, bool):
         raise ValueError("it must be true or false")
@@ -201,10 +205,7 @@ def _typed(key: dataclasses.Field, value: Any) -> Any:
     if expected == "dict" and not (value is None or isinstance(value, dict)):
         raise ValueError("it must be {key: value, ...}")
     if expected == "float":
-        try:  # YAML 1.1 reads 5e-6 as text
-            number = float(value) if is_number or isinstance(value, str) else math.nan
-        except (ValueError, OverflowError):
-            number = math.nan
+        number = float(value) if is_number or (isinstance(value, str) and _DECIMAL.fullmatch(value)) else math.nan
         if not math.isfinite(number):
             raise ValueError("it must be a number")
         return number
@@ -214,7 +215,7 @@ def _typed(key: dataclasses.Field, value: Any) -> Any:
     if choices == SWITCH and isinstance(value, bool):
         text = str(value).lower()
     if key.name == "resume" and value is False:
-        text = "no"  # YAML 1.1 reads a bare no as false
+        text = "no"  # as YAML 1.1 read a bare no
     if text is None:
         raise ValueError("it must be text")
     if choices and text not in choices:

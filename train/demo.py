@@ -10,6 +10,7 @@ from modelscope.pipelines import pipeline
 from modelscope.utils.constant import Tasks
 
 import modelscope_dolly
+from modelscope_dolly.cli.parser import UsageParser
 from train import finetune, nano
 from train.finetune import FINAL
 
@@ -21,11 +22,11 @@ ASKED = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.demo", description="Train and ask the nano dolly.")
+    parser = UsageParser(prog="train.demo", description="Train and ask the nano dolly.", allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("runs/nano"), help="the run (default: runs/nano)")
     parser.add_argument("--epochs", default=None, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         return demonstrate(options.output, [] if options.epochs is None else ["--epochs", options.epochs])
     except modelscope_dolly.DollyError as error:
         print(f"train.demo: {error}", file=sys.stderr)

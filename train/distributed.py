@@ -40,6 +40,15 @@ def launch_alone() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
+def gather(part: dict[str, str]) -> dict[str, str]:
+    """The parts of all processes together."""
+    if world_size() == 1:
+        return part
+    parts: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(parts, part)
+    return {name: value for one in parts for name, value in one.items()}
+
+
 def check_agreement(chosen: tuple[Any, ...]) -> None:
     """Raise DollyError unless all processes chose alike: they read free memory at slightly different times."""
     if world_size() == 1:

@@ -4,7 +4,7 @@
     deepspeed --module train.finetune train/recipes/dolly-v2-3b.yaml              all GPUs of this machine
     torchrun --nproc-per-node 8 --module train.finetune train/recipes/dolly-v2-3b.yaml
 
-Reads from top to bottom: records, batch plan, hardware, resuming, training, export, publishing.
+Reads from top to bottom: the run directory, records, batch plan, hardware, resuming, training, export, publishing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from modelscope_dolly.cli.parser import UsageParser
-from modelscope_dolly.errors import DollyError, PublishError, SettingError
+from modelscope_dolly.errors import DollyError, PublishError
 from modelscope_dolly.files import check_disk
 from train.config import Resolved, add_flags, resolve
 from train.data.collate import PassDataset
@@ -34,16 +37,18 @@ from train.prepare import Batching, PreparedData, prepare
 from train.publish import after_training, before_training
 from train.publishing.run_metadata import describe_base
 from train.training.arguments import report_backends, training_arguments
-from train.training.callbacks import MetricsFile, Progress, SaveOnSignal, StopOnBadLoss
-from train.training.checkpoints import DISK_REMEDY, RunCheckpoint, choose_resume, existing_checkpoint_bytes, writing
+from train.training.callbacks import MetricsFile, Progress, SaveOnSignal, StopOnBadLoss, StopWithoutLock
+from train.training.checkpoints import DISK_REMEDY, Origin, existing_checkpoint_bytes, writing
 from train.training.elastic_resume import AfterConversion, StartingPoint, convert_together, starting_point
 from train.training.lora import check_lora
 from train.training.model import export_model, load_base
-from train.training.report import draw_loss, summary
-from train.training.run_json import changed_settings, record_start
+from train.training.report import METRICS, draw_loss, summary
+from train.training.resume_choice import ResumeChoice, choose_resume, origin_of
+from train.training.run_directory import FINAL, finish, prepare_directory
+from train.training.run_json import record_start
+from train.training.run_lock import RunLock, locked
 from train.training.trainer import DollyTrainer
 
-FINAL = "final"
 _PEER_EXITED = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
 
 
@@ -60,7 +65,8 @@ def exit_code(program: str, recipe: Callable[[], object]) -> int:
         # One process is one GPU: left alone, transformers would split each pass over all that it sees.
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     try:
-        recipe()
+        with cleaning_up_at_sigterm():
+            recipe()
     except DollyError as error:
         # All processes find the same mistakes. An error with a cause outside may concern this process alone.
         if is_first_process() or error.__cause__ is not None:
@@ -76,27 +82,50 @@ def exit_code(program: str, recipe: Callable[[], object]) -> int:
     return 0
 
 
+@contextmanager
+def cleaning_up_at_sigterm() -> Iterator[None]:
+    """SIGTERM ends the first process by way of its `finally` blocks: nothing half-written stays. SaveOnSignal is for
+    the steps themselves."""
+    if not is_first_process() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number, frame):
+        print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(resolved: Resolved) -> Path:
     """Train as configured; returns the directory of the finished model.
 
     Raises:
-        DollyError: bad settings or records, before anything is written; or a run that cannot continue.
+        DollyError: bad settings or records, or another run in the same directory, before anything is written; or a run
+            that cannot continue.
     """
     config = resolved.config
     print_first(resolved.table())
-    final = Path(config.output_dir) / FINAL
-    if final.exists():
-        raise SettingError(f"{final}: this run is finished; give another output_dir, or remove it")
-    publish = config.publish if is_first_process() else None
-    if publish:
-        before_training(publish)
-
-    setup = set_up(resolved)
-    trainer = train(setup)
-    export(setup, trainer, final)
-
-    if publish:
-        after_training(publish, final)
+    output = Path(config.output_dir)
+    final = output / FINAL
+    with locked(output) if is_first_process() else nullcontext((None, [])) as (lock, lines):
+        print_first(*lines)
+        publish = config.publish if is_first_process() else None
+        if final.exists():
+            if is_first_process():
+                finish(config, final)
+        else:
+            if publish:
+                before_training(publish)
+            setup = set_up(resolved)
+            trainer = train(setup, lock)
+            export(setup, trainer, final)
+        if publish:
+            after_training(publish, final)
     return final
 
 
@@ -107,7 +136,8 @@ class Setup:
     resolved: Resolved
     data: PreparedData
     choice: ZeroChoice
-    resume: RunCheckpoint | None
+    origin: Origin
+    resume: ResumeChoice
     start: StartingPoint
 
 
@@ -138,18 +168,24 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     check_disk(output, need - existing_checkpoint_bytes(output), "the run", DISK_REMEDY)
 
     # Where to resume.
-    resume, lines = choose_resume(output, config.resume, data.plan.order_hash)
-    print_first(*lines)
-    start = starting_point(resume, world, choice.stage, use_deepspeed, config.zero_stage == "auto")
-    print_first(*start.lines, *changed_settings(output / "run.json", config, resume))
-    check_lora(data.lora, start.stage, resume.path if resume else None)
+    origin = origin_of(config, data, choice.dtype)
+    resume = choose_resume(output, config.resume, origin)
+    print_first(*resume.lines)
+    saved = resume.checkpoint
+    start = starting_point(saved, world, choice.stage, use_deepspeed, config.zero_stage == "auto")
+    print_first(*start.lines)
+    check_lora(data.lora, start.stage, saved.path if saved else None)
     if start.stage != choice.stage:
         choice = choose(job, hardware, str(start.stage), **options)
-    return Setup(resolved, data, choice, resume, start)
+    return Setup(resolved, data, choice, origin, resume, start)
 
 
-def train(setup: Setup) -> DollyTrainer:
+def train(setup: Setup, lock: RunLock | None = None) -> DollyTrainer:
     """Train from the base model or a checkpoint to the last step.
+
+    Args:
+        setup: from set_up.
+        lock: of the run directory; the training stops when another run has taken it over.
 
     Raises:
         DollyError: out of memory or disk, a loss that is not finite, or stopped by SIGTERM.
@@ -159,8 +195,9 @@ def train(setup: Setup) -> DollyTrainer:
     if is_first_process():
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
+            prepare_directory(output, setup.resume)
             base = describe_base(config.model, config.model_revision, data.base)
-            record_start(output / "run.json", setup.resolved, data, choice, base, setup.resume)
+            record_start(output / "run.json", setup.resolved, data, choice, base, setup.resume.checkpoint)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     set_seed(config.seed)
@@ -173,11 +210,11 @@ def train(setup: Setup) -> DollyTrainer:
     arguments = training_arguments(config, data.plan, choice, start)
     convert_together(start)
     model = load_base(data, choice, start.use_deepspeed, arguments.device)
-    callbacks = [MetricsFile(output / "metrics.jsonl", data.plan), Progress(data.plan), StopOnBadLoss(),
+    callbacks = [MetricsFile(output / METRICS, data.plan), Progress(data.plan), StopOnBadLoss(), StopWithoutLock(lock),
                  AfterConversion(start), stopper := SaveOnSignal()]  # fmt: skip
     passes = PassDataset(data.plan, data.examples, data.tokenizer.control.eos, data.batching.collate)
     trainer = DollyTrainer(
-        config, passes, checkpoint_bytes(data.job.trained), data.held_out, model=model, args=arguments,
+        config, passes, checkpoint_bytes(data.job.trained), data.held_out, setup.origin, model=model, args=arguments,
         callbacks=callbacks,
     )  # fmt: skip
     check_agreement((choice.stage, choice.offload, choice.dtype, choice.recompute))
@@ -196,8 +233,8 @@ def export(setup: Setup, trainer: DollyTrainer, final: Path) -> None:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_first_process():
         with writing(final):
+            draw_loss(final.parent)  # before: where there is a final/, only publishing is left
             export_model(trainer, state, setup.data, setup.choice.dtype, final)
-            draw_loss(final.parent)
         print(summary(final.parent))
         print(f"wrote {final}; try: dolly ask --model {final} 'Name three colours.'")
     trainer.accelerator.wait_for_everyone()

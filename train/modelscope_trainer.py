@@ -19,7 +19,8 @@ from modelscope.trainers.builder import TRAINERS
 from modelscope_dolly.checkpoint.writer import CONFIGURATION
 from modelscope_dolly.errors import DollyError
 from train import finetune
-from train.config import build, read_recipe
+from train.config import build
+from train.recipe_file import read_recipe
 
 NAME = "dolly-v2-sft"
 
@@ -51,7 +52,7 @@ class DollyTrainerForModelScope(BaseTrainer):
         from train.training.report import read_metrics
 
         run = Path(self.resolved.config.output_dir)
-        rows = read_metrics(run)[1] if (run / "metrics.jsonl").exists() else []
+        rows = read_metrics(run)[1]
         if not rows:
             raise DollyError(f"{run}: no evaluation yet: call train() first, with eval_every and test_size above 0")
         return {"eval_loss": rows[-1]["eval_loss"]}

@@ -8,7 +8,6 @@ steps from records to `pipeline()` on any machine, and gives tests a real model.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,7 +18,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from transformers.utils import logging as transformers_logging
 
 from modelscope_dolly.checkpoint.writer import export_checkpoint
-from modelscope_dolly.errors import DollyError
+from modelscope_dolly.cli.parser import UsageParser
+from modelscope_dolly.errors import DollyError, one_line
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, render_example
 
 RECORDS = Path(__file__).parent / "recipes" / "nano.jsonl"
@@ -77,22 +77,31 @@ def build_model(vocabulary: int) -> GPTNeoXForCausalLM:
 
 
 def write_base(target: Path) -> None:
-    """The directory that recipes/nano.yaml starts from: random weights, and a tokenizer made from the records."""
+    """The directory that recipes/nano.yaml starts from: random weights, and a tokenizer made from the records.
+
+    Raises:
+        DollyError: it exists, or cannot be written.
+    """
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     tokenizer = build_tokenizer(read_records())
-    export_checkpoint(build_model(len(tokenizer.tokenizer)), tokenizer, target)
+    try:
+        export_checkpoint(build_model(len(tokenizer.tokenizer)), tokenizer, target)
+    except OSError as error:
+        raise DollyError(f"{target} cannot be written ({one_line(error)})") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.nano", description="Write the untrained nano dolly.")
+    parser = UsageParser(prog="train.nano", description="Write the untrained nano dolly.", allow_abbrev=False)
     parser.add_argument("output", type=Path, help="directory to write, for instance runs/nano-base")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         write_base(options.output)
     except DollyError as error:
         print(f"train.nano: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(f"wrote {options.output}; next: python -m train.finetune train/recipes/nano.yaml --model {options.output}")
     return 0
 

@@ -19,10 +19,12 @@ from train.publishing.hub import BRANCH, Hub
 from train.publishing.publish_settings import VISIBILITIES, PublishSettings
 from train.publishing.remote_files import Files, RevisionDifference, compare
 from train.publishing.transfer import format_size
+from train.recipe_file import shown
 
 #: The prompt for the downloaded model.
 QUESTION = "Explain to me the difference between nuclear fission and fusion."
 _NAMES_SHOWN = 10
+MOST_WORKERS = 64
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         values = {field.name: getattr(options, field.name) for field in fields(PublishSettings)}
         settings = PublishSettings.from_recipe(values)
+        if not 1 <= options.workers <= MOST_WORKERS:
+            raise DollyError(f"--workers is {shown(options.workers)}, it must be at least 1 and at most {MOST_WORKERS}")
         hub = Hub(settings, options.token, options.endpoint, say, options.workers)
         publish(options.directory, hub, options.dry_run, options.run, options.evaluation, options.staging)
     except PublishError as error:

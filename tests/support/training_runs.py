@@ -240,6 +240,14 @@ def _finished(world: int, zero_stage: str) -> Path:
     return recipe.parent / "run"
 
 
+def as_earlier_versions_marked(checkpoint: Path) -> None:
+    """Rewrite complete.json as it was before it had digests and settings."""
+    marker = json.loads((checkpoint / "complete.json").read_text())
+    files = {name: entry["size"] for name, entry in marker["files"].items()}
+    kept = {name: marker[name] for name in ("step", "world", "plan_hash", "order_hash")}
+    (checkpoint / "complete.json").write_text(json.dumps({**kept, "files": files}, indent=2) + "\n")
+
+
 def rows(run: Path) -> list[dict]:
     """metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

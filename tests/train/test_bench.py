@@ -43,6 +43,8 @@ def test_both_runs_learn_the_same_from_the_same_records(recipe, capsys, tmp_path
 
 def test_too_few_steps_and_a_run_that_fails_are_one_line(recipe, capsys):
     assert bench.main([str(recipe), "--steps", "1"]) == 2
+    assert bench.main([str(recipe), "--steps", str(2**64)]) == bench.main([str(recipe), "--processes", "0"]) == 2
     assert bench.main([str(recipe), "--steps", "2", "--dataset", "missing.jsonl"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "at least 2" in lines[0] and "missing.jsonl" in lines[1]
+    assert len(lines) == 4 and "at least 2" in lines[0] and "at most 10,000" in lines[1]
+    assert "--processes is 0" in lines[2] and "missing.jsonl" in lines[3]

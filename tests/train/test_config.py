@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import tempfile
 
 import pytest
 import yaml
@@ -84,6 +86,50 @@ def test_a_bad_value_is_named_with_what_is_allowed(changes, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+WHOLE = [key.name for key in dataclasses.fields(TrainConfig) if key.type == "int"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_whole_number_has_limits_that_are_named(name):
+    key = next(key for key in dataclasses.fields(TrainConfig) if key.name == name)
+    least, most = key.metadata["limits"]
+    assert 0 <= least <= key.default <= most < 2**63
+    for value in (least, most):
+        build({**NEEDED, "max_length": 1, name: value} | ({"tokens_per_batch": most} if name == "max_length" else {}))
+    for value, says in ((least - 1, f"at least {least}"), (most + 1, f"at most {most:,}"), (2**64, "at most")):
+        with pytest.raises(SettingError, match=f"{name} is {value}, it must be {says}"):
+            build({**NEEDED, name: value})
+    with pytest.raises(SettingError, match=f"{name} is a number too large to be shown, it must be a number of at most"):
+        build({**NEEDED, name: 10**5000})
+
+
+@given(
+    st.sampled_from([key.name for key in dataclasses.fields(TrainConfig) if key.type == "str"]), st.text(max_size=20)
+)
+def test_a_flag_of_text_is_taken_as_it_stands(name, text):
+    """A path may have any character of YAML; the shell has done all quoting."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as recipe:
+        recipe.write(yaml.safe_dump(NEEDED))
+        recipe.flush()
+        try:
+            found = resolve(parser.parse_args([recipe.name, f"{flag(name)}={text}"])).config
+        except SettingError as error:
+            assert "\n" not in str(error) and name in str(error)
+        else:
+            assert getattr(found, name) == text
+
+
+def test_a_recipe_whose_name_is_not_utf8_can_be_printed_and_recorded(tmp_path):
+    path = tmp_path / os.fsdecode(b"recipe\xff.yaml")
+    path.write_text(yaml.safe_dump(NEEDED))
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser)
+    resolved = resolve(parser.parse_args([str(path)]))
+    assert resolved.table().encode("utf-8") and "recipe\\udcff.yaml" in resolved.origins["model"]
+
+
 def test_all_problems_are_told_at_once():
     with pytest.raises(SettingError) as caught:
         build({"epochs": -1, "seed": "x", "output_dri": "a"})
@@ -91,7 +137,7 @@ def test_all_problems_are_told_at_once():
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "says"), [("a: [", "not YAML"), ("- a\n- b", "must hold"), ("1: 2", "must hold")])
+@pytest.mark.parametrize(("text", "says"), [("a: [", "not YAML"), ("- a\n- b", "must hold"), ("", "found nothing")])
 def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text, says):
     with pytest.raises(SettingError, match=says) as caught:
         from_command(tmp_path, text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from modelscope_dolly.checkpoint.check import check_directory
 from modelscope_dolly.prompt import CONTROL_KEYS
 from tests.support.training_runs import (
     HELD_OUT,
-    RECIPE,
     RECORDS,
     STEPS,
     Processes,
@@ -32,10 +30,8 @@ from tests.support.training_runs import (
 )
 from train import finetune, prepare
 from train.bench import padded
-from train.config import build
 from train.finetune import main
-from train.training.checkpoints import RunCheckpoint, writing
-from train.training.run_json import changed_settings
+from train.training.checkpoints import writing
 
 
 def close(run: Path, to: Path, tolerance: float) -> None:
@@ -237,7 +233,10 @@ MISTAKES = {
     "longer than the window": lambda at: (["--max-length", "513"], "max_length is 513, but"),
     "everything held out": lambda at: (["--test-size", str(RECORDS)], f"test_size is {RECORDS}, it must be"),
     "wrong type": lambda at: (["--epochs", "two"], "epochs is 'two', it must be a whole number"),
-    "out of range": lambda at: (["--epochs", "0", "--seed", "-1"], "epochs is 0, it must be at least 1; seed is -1"),
+    "out of range": lambda at: (
+        ["--epochs", "0", "--seed", "-1"],
+        "seed is -1, it must be at least 0; epochs is 0, it must be at least 1",
+    ),
     "unknown choice": lambda at: (["--schedule", "steep"], "schedule is 'steep', it must be one of warmup, cosine"),
     "unknown flag": lambda at: (["--learning-rat", "1"], "'--learning-rat'. Did you mean '--learning-rate'?"),
     "abbreviated flag": lambda at: (["--learning", "1"], "unknown argument '--learning'"),
@@ -274,7 +273,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(tmp_path, 
 RECIPES = {
     "no file": (None, "recipe.yaml: cannot be read: No such file"),
     "not YAML": ("model: [1", "recipe.yaml: not YAML"),
-    "a list": ("- model", "must hold `key: value` lines, found list"),
+    "a list": ("- model", "must hold `key: value` lines, found a list"),
     "unknown key": ("learning_rat: 1", "unknown setting 'learning_rat'. Did you mean 'learning_rate'?"),
     "nothing required": ("epochs: 1", "model is missing: set it in the file or with --model; dataset is missing"),
 }
@@ -311,15 +310,3 @@ def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0 and "--tokens-per-batch" in capsys.readouterr().out
-
-
-def test_settings_that_changed_since_the_last_start_are_told(tmp_path):
-    needed = {"model": "m", "dataset": "d", "output_dir": "o"}
-    before = build({**RECIPE, **needed}).config
-    now = replace(before, learning_rate=1e-4, keep_checkpoints=7)
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps({"starts": [{"settings": {"learning_rate": 7.0}}, {"settings": asdict(before)}]}))
-    resume = RunCheckpoint(tmp_path, 2, 1, "", "")
-    expected = ["changed since the last start: learning_rate was 0.001, is 0.0001"]
-    assert changed_settings(path, now, resume) == expected
-    assert changed_settings(path, before, resume) == changed_settings(path, now, None) == []

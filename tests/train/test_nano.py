@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from modelscope_dolly.checkpoint.check import check_directory
 from modelscope_dolly.checkpoint.reader import open_checkpoint
-from train import nano
+from train import demo, nano
 
 CATEGORIES = {
     "open_qa", "general_qa", "closed_qa", "information_extraction", "summarization", "brainstorming", "classification",
@@ -36,6 +38,21 @@ def test_base_that_exists_is_not_overwritten(tmp_path, capsys):
     assert nano.main([str(tmp_path / "base")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("train.nano: ") and "exists already" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [([], "required: output"), (["a", "b"], "unknown argument 'b'"), (["/dev/null/a"], "cannot be written")],
+)
+def test_a_mistake_is_one_line(words, says, capsys):
+    assert nano.main(words) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("train.nano: ") and says in told
+
+
+def test_a_mistake_in_the_command_of_the_demo_is_one_line(capsys):
+    assert demo.main(["--outptu", "x"]) == 2
+    assert capsys.readouterr().err.startswith("train.demo: unknown argument '--outptu'. Did you mean '--output'?")
 
 
 def test_tokenizer_gives_back_every_record(records):

@@ -214,6 +214,12 @@ def test_a_bad_revision_name_is_refused_before_anything_is_sent(final, server, c
     assert "revision is " in capsys.readouterr().err and server.requests == []
 
 
+@pytest.mark.parametrize("workers", ["0", "-1", str(2**64)])
+def test_a_number_of_workers_that_makes_no_sense_is_refused(final, server, capsys, workers):
+    assert publish(server, final, "v1.0.0", f"--workers={workers}") == 2
+    assert f"--workers is {workers}, it must be at least 1 and at most 64" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model_id", ["tiny", "a/b/c", "/tiny", "te ster/tiny", "tester/../x", "用户/模型"])
 def test_a_bad_model_id_is_refused_before_anything_is_sent(final, server, capsys, model_id):
     assert publish(server, final, model_id=model_id) == 2

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 from modelscope_dolly.errors import SettingError
 
+#: Records in all epochs together: 333 times those of the public recipe. More would be planned for many minutes.
+MOST_RECORDS = 10_000_000
 #: Records of one forward pass. An empty one runs a single token that has no label: all ranks must take part.
 Pass = tuple[int, ...]
 #: [step][rank][micro-step] -> a pass.
@@ -132,10 +134,15 @@ def global_batches(lengths: Sequence[int], seed: int, epochs: int, size: int, wo
     The order comes from Python's Mersenne Twister, seeded by text, which is the same on every machine and version.
 
     Raises:
-        SettingError: there are no records, or fewer in a step than ranks.
+        SettingError: there are no records, too many over all epochs, or fewer in a step than ranks.
     """
     if not lengths:
         raise SettingError("there is no record to train on")
+    if epochs * len(lengths) > MOST_RECORDS:
+        raise SettingError(
+            f"epochs is {epochs}: with {len(lengths):,} records it must be at most {MOST_RECORDS // len(lengths):,}, "
+            f"for {MOST_RECORDS:,} records in all"
+        )
     if size < world:
         raise SettingError(f"global_batch_size is {size}, it must be at least the number of ranks, {world}")
     batches = []
@@ -167,8 +174,9 @@ def packed_plan(
             f"record {longest} has {lengths[longest]} tokens, more than tokens_per_batch {tokens_per_batch}; "
             "raise that or lower max_length"
         )
-    accumulation = 1
-    for batch in batches:  # grows to what the fullest step needs; LPT fills any number of passes evenly
+    # At the least, passes that are full; from there it grows to what the fullest step needs, which LPT fills evenly.
+    accumulation = max(-(-_tokens(batch, lengths) // (world * tokens_per_batch)) for batch in batches)
+    for batch in batches:
         while _tokens(balance(batch, lengths, world * accumulation)[0], lengths) > tokens_per_batch:
             accumulation += 1
     steps = []

@@ -17,6 +17,7 @@ from modelscope_dolly.files import free_disk
 from modelscope_dolly.hardware import choose_dtype, free_memory
 from train.distributed import world_size
 from train.planning.memory import GIB
+from train.recipe_file import shown
 
 #: name -> (computes bfloat16, keeps error-correction bits in its memory). GDDR6 cards of data centers give 1/16 of
 #: their memory to those bits (an A10 of 24 GiB reports 22.5); HBM has its own, and an RTX 4090 has them switched off.
@@ -103,16 +104,18 @@ class Hardware:
         first, *rest = text.upper().replace(" ", "").split(",")
         sizes = {"HOST": None, "DISK": None}
         for part in rest:
-            match = re.fullmatch(r"(HOST|DISK)=(\d+)([GT])", part)
+            match = re.fullmatch(r"(HOST|DISK)=([0-9]{1,7})([GT])", part)
             if match is None:
-                raise SettingError(f"hardware {text!r}: {part.lower()!r} must look like host=512G or disk=2T")
+                raise SettingError(f"hardware {shown(text)}: {shown(part.lower())} must look like host=512G or disk=2T")
             sizes[match[1]] = int(match[2]) * GIB * (1024 if match[3] == "T" else 1)
         if first == "CPU":
             return cls("CPU", 0, 0, sizes["HOST"], sizes["DISK"], False)
-        count, name = re.fullmatch(r"(?:(\d+)X)?(.*)", first).groups()
-        nominal = re.fullmatch(r".+-(\d+)G", name)
+        count, name = re.fullmatch(r"(?:([0-9]{1,5})X)?(.*)", first).groups()
+        nominal = re.fullmatch(r".+-([0-9]{1,6})G", name)
         if nominal is None or int(nominal[1]) <= 2 * RESERVE or (count and int(count) == 0):
-            raise SettingError(f"hardware {text!r}: {unknown_name('GPU', name, (*CARDS, 'NxNAME-NNG', 'cpu'))}")
+            raise SettingError(
+                f"hardware {shown(text)}: {unknown_name('GPU', name[:80], (*CARDS, 'NxNAME-NNG', 'cpu'))}"
+            )
         computes_bf16, corrects = CARDS.get(name, (not name.startswith(_OLD), True))
         usable = int(nominal[1]) * (15 / 16 if corrects else 1) - RESERVE
         return cls(name, int(count or 1), int(usable * GIB), sizes["HOST"], sizes["DISK"], computes_bf16)

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from modelscope_dolly.checkpoint.download import HUB_ID
-from modelscope_dolly.errors import CheckpointError
-from modelscope_dolly.files import read_json
-from train.training.report import read_metrics
+from train.training.report import read_metrics, read_starts
 
 _HUB_DATASET = re.compile(rf"(ms|hf):(?P<id>{HUB_ID.pattern})(@[\w./-]+)?", re.ASCII)
 
@@ -103,16 +101,9 @@ def read_run_metadata(run: Path | None) -> RunMetadata:
     """The metadata in a run's directory; empty for None. Raises CheckpointError: a file is damaged."""
     if run is None:
         return RunMetadata([], [], [])
-    starts = read_json(Path(run) / "run.json").get("starts")
-    if not isinstance(starts, list) or not starts or not all(isinstance(start, dict) for start in starts):
-        raise CheckpointError(f"{Path(run) / 'run.json'}: `starts` must be a list with the starts of the run")
+    starts = read_starts(Path(run) / "run.json")
     fresh = max(i for i, start in enumerate(starts) if i == 0 or start.get("resumed_from") is None)
-    try:
-        steps, evaluations = read_metrics(Path(run))
-    except FileNotFoundError:
-        steps, evaluations = [], []
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{Path(run) / 'metrics.jsonl'}: cannot be read ({type(error).__name__})") from None
+    steps, evaluations = read_metrics(Path(run))
     return RunMetadata(starts[fresh:], steps, evaluations)
 
 
@@ -128,7 +119,7 @@ def card_license(directory: Path) -> str | None:
         text = (directory / "README.md").read_text("utf-8")
         head = re.match(r"---\r?\n(.*?)^---\s*$", text, re.DOTALL | re.MULTILINE)
         value = yaml.safe_load(head[1])["license"] if head else None
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return value if isinstance(value, str) and value else None
 

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from modelscope_dolly.errors import DollyError
-from modelscope_dolly.files import write_atomically
 from train.data.batch_plan import BatchPlan
 from train.training.checkpoints import writing
+from train.training.report import cut_metrics
+from train.training.run_lock import RunLock
 
 #: Seconds between lines of progress where there is no terminal.
 PROGRESS_INTERVAL = 20.0
@@ -31,10 +32,9 @@ class MetricsFile(TrainerCallback):
         self._step_start = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **keywords):
-        if args.process_index == 0 and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
+        if args.process_index == 0:
             with writing(self.path):
-                write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+                cut_metrics(self.path, state.global_step)
         self._step_start = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **keywords):
@@ -51,14 +51,6 @@ class MetricsFile(TrainerCallback):
             row |= {"tokens": tokens, "seconds": round(seconds, 4), "useful_tokens_per_s": round(tokens / seconds, 1)}
         with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def _step(line: str) -> float:
-    """Of a line of metrics.jsonl; infinite for a truncated one, which ends the file of a run that was killed."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
 
 
 class Progress(TrainerCallback):
@@ -124,8 +116,20 @@ class StopOnBadLoss(TrainerCallback):
         if self.bad_steps >= self.limit:
             raise DollyError(
                 f"loss was {loss} for {self.bad_steps} steps in a row, up to step {state.global_step}; lower "
-                "learning_rate, or use dtype bf16 or fp32; the last complete checkpoint is untouched"
+                "learning_rate, or use dtype bf16 or fp32, and go on from the last complete checkpoint, which is "
+                "untouched: --resume DIR"
             )
+
+
+class StopWithoutLock(TrainerCallback):
+    """Stop before a step is saved in a directory that another run has taken over; see run_lock.py."""
+
+    def __init__(self, lock: RunLock | None):
+        self.lock = lock
+
+    def on_step_end(self, args, state, control, **keywords):
+        if self.lock is not None:
+            self.lock.check()
 
 
 class SaveOnSignal(TrainerCallback):

@@ -1,53 +1,115 @@
-"""Crash-safe checkpoints of a run: which are complete, which one to resume from, which to remove.
+"""Crash-safe checkpoints of a run: which are complete and sound, which to remove.
 
 A checkpoint is a directory `checkpoint-STEP`. The file `complete.json` is written into it last, by one process after
-all have saved, and lists every file with its size; a directory without a matching one is ignored. Older ones are
-removed only after that.
+all have saved, and lists every file with its size and SHA-256, and the settings that made it; a directory without a
+matching one is ignored. Older ones are removed only after that. Which one a run resumes from: resume_choice.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from modelscope_dolly.errors import DollyError, SettingError, one_line
-from modelscope_dolly.files import free_disk, gigabytes, read_json, write_atomically
+from modelscope_dolly.errors import DollyError, one_line
+from modelscope_dolly.files import file_sha256, free_disk, gigabytes, read_json, write_json
 
 MARKER = "complete.json"
+#: What a marker is renamed to when the files are found not to be those that it lists.
+REJECTED = "complete.json.rejected"
 #: What to do when the disk is too small for a run.
 DISK_REMEDY = "free some space, lower keep_checkpoints, or give another output_dir"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 _OF_TORCH_SAVE = re.compile(r"inline_container|PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What makes a checkpoint: two of the same origin continue each other.
+
+    Attributes:
+        plan_hash, order_hash: of the batch plan.
+        data_sha256: of the records.
+        settings: of the run, by name, with the number type that was chosen.
+    """
+
+    plan_hash: str = ""
+    order_hash: str = ""
+    data_sha256: str | None = None
+    settings: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class RunCheckpoint:
-    """A complete checkpoint: its directory, optimizer step, number of ranks, and the hashes of its plan."""
+    """A complete checkpoint: its directory, optimizer step, number of ranks, origin, and files.
+
+    Attributes:
+        files: name -> size and SHA-256; without the latter in checkpoints of earlier versions.
+    """
 
     path: Path
     step: int
     world: int
-    plan_hash: str
-    order_hash: str
+    origin: Origin
+    files: Mapping[str, tuple[int, str | None]] = field(repr=False)
+
+    @property
+    def has_digests(self) -> bool:
+        return all(digest for _, digest in self.files.values())
 
 
-def mark_complete(path: Path, world: int, plan_hash: str, order_hash: str) -> None:
-    """Declare a saved directory complete. One process calls it, after all have written their files."""
-    step = int(_NAME.fullmatch(path.name)[1])
-    files = {file.relative_to(path).as_posix(): size for file, size in file_sizes(path)}
-    marker = {"step": step, "world": world, "plan_hash": plan_hash, "order_hash": order_hash, "files": files}
-    write_atomically(path / MARKER, json.dumps(marker, indent=2) + "\n")
+def digests(path: Path, part: int = 0, parts: int = 1) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint that was just saved; of several processes each hashes its part of them.
+
+    Args:
+        path: the directory.
+        part, parts: rank and number of processes. The files are dealt out by size, so that all take about as long.
+    """
+    files = sorted(file_sizes(path), key=lambda entry: -entry[1])[part::parts]
+    with ThreadPoolExecutor() as pool:  # hashlib computes without holding the interpreter's lock
+        return dict(zip([_name(path, file) for file, _ in files], pool.map(lambda entry: file_sha256(entry[0]), files),
+                        strict=True))  # fmt: skip
 
 
-def open_run_checkpoint(path: Path) -> RunCheckpoint:
+def mark_complete(path: Path, world: int, origin: Origin, hashed: Mapping[str, str] | None = None) -> None:
+    """Declare a saved directory complete. One process calls it, after all have written their files.
+
+    Args:
+        path: the directory.
+        world: number of processes.
+        origin: of the checkpoint.
+        hashed: digests of all files (default: computed here).
+    """
+    hashed = digests(path) if hashed is None else hashed
+    names = [(_name(path, file), size) for file, size in file_sizes(path)]
+    marker = {
+        "version": 2,
+        "step": _step(path),
+        "world": world,
+        "plan_hash": origin.plan_hash,
+        "order_hash": origin.order_hash,
+        "data_sha256": origin.data_sha256,
+        "settings": origin.settings,
+        "files": {name: {"size": size, "sha256": hashed[name]} for name, size in names},
+    }
+    write_json(path / MARKER, marker | {"sha256": _marker_digest(marker)})
+
+
+def open_run_checkpoint(path: Path, verify: bool = False) -> RunCheckpoint:
     """Read the marker and compare the files with it.
+
+    Args:
+        path: the directory.
+        verify: compare contents too, which reads all of them; otherwise sizes.
 
     Raises:
         DollyError: the directory is not a complete checkpoint; says what is wrong with it.
@@ -55,27 +117,94 @@ def open_run_checkpoint(path: Path) -> RunCheckpoint:
     if not _NAME.fullmatch(path.name) or not path.is_dir():
         raise DollyError(f"{path}: not a checkpoint directory (checkpoint-STEP)")
     if not (path / MARKER).exists():
-        raise DollyError(f"{path}: incomplete, {MARKER} is missing: the run ended while it was being saved")
+        why = "the run ended while it was being saved"
+        if (path / REJECTED).exists():
+            why = f"an earlier start of the run found it damaged and renamed it to {REJECTED}"
+        raise DollyError(f"{path}: incomplete, {MARKER} is missing: {why}")
     marker = read_json(path / MARKER)
     try:
-        for name, size in marker["files"].items():
-            file = path / name
-            actual = file.stat().st_size if file.is_file() else None
-            if actual != size:
-                raise DollyError(f"{file}: {'missing' if actual is None else f'{actual} bytes'}, expected {size} bytes")
-        return RunCheckpoint(path, marker["step"], marker["world"], marker["plan_hash"], marker["order_hash"])
-    except (KeyError, AttributeError, TypeError) as error:
-        raise DollyError(f"{path / MARKER}: damaged ({type(error).__name__}: {error})") from None
+        found = _from_marker(path, marker)
+    except (KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise DollyError(f"{path / MARKER}: damaged ({what})") from None
+    for name, (size, _) in found.files.items():
+        file = path / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            raise DollyError(f"{file}: {'missing' if actual is None else f'{actual} bytes'}, expected {size} bytes")
+    if verify:
+        _compare_contents(found)
+    return found
+
+
+def _from_marker(path: Path, marker: dict[str, Any]) -> RunCheckpoint:
+    """Raises KeyError, AttributeError, TypeError or ValueError for what mark_complete does not write."""
+    earlier = "version" not in marker
+    if not earlier:
+        digest = marker.pop("sha256")
+        if marker["version"] != 2:
+            raise ValueError(f"version {marker['version']!r}; this program knows 2: use a newer one")
+        if digest != _marker_digest(marker):
+            raise ValueError("its content changed")
+    files = {}
+    for name, entry in marker["files"].items():
+        size, digest = (entry, None) if earlier else (entry["size"], entry["sha256"])
+        if type(size) is not int or (not earlier and not isinstance(digest, str)):
+            raise TypeError(f"entry {name!r}")
+        files[name] = size, digest
+    step, world, order_hash, settings = marker["step"], marker["world"], marker["order_hash"], marker.get("settings")
+    if type(step) is not int or step != _step(path):
+        raise ValueError(f"step {step!r}")
+    if type(world) is not int or not isinstance(order_hash, str) or not isinstance(settings, (dict, type(None))):
+        raise TypeError(f"world {world!r}, order_hash {order_hash!r}, settings a {type(settings).__name__}")
+    origin = Origin(marker["plan_hash"], order_hash, marker.get("data_sha256"), settings)
+    return RunCheckpoint(path, step, world, origin, files)
+
+
+def _compare_contents(checkpoint: RunCheckpoint) -> None:
+    """Raise DollyError for the first file whose content is not what the marker lists."""
+    files = [(checkpoint.path / name, digest) for name, (_, digest) in checkpoint.files.items() if digest]
+    with ThreadPoolExecutor() as pool:
+        for damage in pool.map(_damage, files):
+            if damage:
+                raise DollyError(damage)
+
+
+def _damage(entry: tuple[Path, str]) -> str | None:
+    file, expected = entry
+    try:
+        found = file_sha256(file)
+    except OSError as error:
+        return f"{file}: cannot be read: {error.strerror}"
+    same = found == expected
+    return None if same else f"{file}: sha256 {found[:12]}..., expected {expected[:12]}...: its content changed"
+
+
+def reject(path: Path) -> None:
+    """Make a checkpoint that was found damaged an incomplete one, so that it is not kept in place of a sound one."""
+    (path / MARKER).rename(path / REJECTED)
+
+
+def _marker_digest(marker: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def _name(path: Path, file: Path) -> str:
+    return file.relative_to(path).as_posix()
 
 
 def run_checkpoints(run: Path) -> list[Path]:
     """Directories named as checkpoints, newest step first, complete or not."""
     paths = [path for path in run.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: int(_NAME.fullmatch(path.name)[1]), reverse=True)
+    return sorted(paths, key=_step, reverse=True)
 
 
 def newest_complete(run: Path) -> tuple[RunCheckpoint | None, list[str]]:
-    """The newest complete checkpoint, and why each newer directory was skipped."""
+    """The newest complete checkpoint by the sizes of its files, and why each newer directory was skipped."""
     skipped = []
     for path in run_checkpoints(run):
         try:
@@ -83,48 +212,6 @@ def newest_complete(run: Path) -> tuple[RunCheckpoint | None, list[str]]:
         except DollyError as error:
             skipped.append(str(error))
     return None, skipped
-
-
-def choose_resume(run: Path, resume: str, order_hash: str) -> tuple[RunCheckpoint | None, list[str]]:
-    """The checkpoint to resume from, and lines that explain the choice.
-
-    Args:
-        run: the run directory.
-        resume: "auto", "no", or a checkpoint directory.
-        order_hash: of this run's plan; a checkpoint of another order of records is refused.
-
-    Raises:
-        DollyError: the named checkpoint is incomplete.
-        SettingError: the checkpoint belongs to another plan, the run has newer ones than the one named, or "no" meets
-            a directory with checkpoints.
-    """
-    if resume == "no":
-        existing = run_checkpoints(run)
-        if existing:
-            raise SettingError(
-                f"resume is 'no', but {run} holds {len(existing)} checkpoints, the newest {existing[0].name}; give "
-                "another output_dir, or remove them"
-            )
-        return None, ["starting from the base model (resume: no)"]
-    if resume == "auto":
-        chosen, skipped = newest_complete(run)
-        lines = [f"skipped: {reason}" for reason in skipped]
-    else:
-        chosen, lines = open_run_checkpoint(Path(resume)), []
-        newest, _ = newest_complete(run)
-        if newest and newest.step > chosen.step:  # the next automatic resume would take that one, from another history
-            raise SettingError(
-                f"resume is {resume!r}, step {chosen.step}, but {newest.path} is newer; remove the newer checkpoints, "
-                "or give another output_dir, which keeps both histories"
-            )
-    if chosen is None:
-        return None, [*lines, "starting from the base model: no complete checkpoint"]
-    if chosen.order_hash != order_hash:
-        raise SettingError(
-            f"{chosen.path}: was made with other records or another order of them (data, seed, epochs, "
-            "global_batch_size, max_length or test_size changed); give those settings again, or another output_dir"
-        )
-    return chosen, [*lines, f"resuming from {chosen.path} at step {chosen.step}"]
 
 
 def prune(run: Path, keep: int) -> list[Path]:

@@ -9,6 +9,7 @@ only how the records of a step are divided among ranks changes.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,12 @@ import torch
 from transformers import TrainerCallback
 
 from modelscope_dolly.errors import DollyError, SettingError, one_line
-from modelscope_dolly.files import check_disk, new_directory
+from modelscope_dolly.files import check_disk, new_directory, remove_leftovers
 from train.distributed import is_first_process, world_size
 from train.training.checkpoints import DISK_REMEDY, MARKER, RunCheckpoint, file_sizes, writing
 
 SUFFIX = ".universal"
+_CONVERTED = re.compile(r"checkpoint-[0-9]+\.universal|\.checkpoint-[0-9]+\.universal\.[0-9]+\.[0-9a-f]{8}\.\w+")
 #: What the Trainer reads besides DeepSpeed's files. Random states are left behind: they belong to the old processes.
 _TRAINER_FILES = ("trainer_state.json", "scheduler.pt", "scaler.pt")
 
@@ -132,15 +134,15 @@ def convert_together(start: StartingPoint) -> None:
 
 
 def convert(checkpoint: Path, target: Path) -> None:
-    """Write `checkpoint` as the universal checkpoint `target`, atomically; keep one that exists.
+    """Write `checkpoint` as the universal checkpoint `target`, atomically.
+
+    One that an earlier start has left is replaced: it has no digests, so that nothing would notice if it was damaged.
 
     Raises:
         DollyError: too little disk, or DeepSpeed's converter failed.
     """
-    if _is_converted_from(target, checkpoint):
-        return
-    for left_over in target.parent.glob(f".{target.name}.*"):  # from a conversion that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
+    remove_leftovers(target)
+    shutil.rmtree(target, ignore_errors=True)
     states = _states(checkpoint)
     size = sum(size for _, size in file_sizes(states))
     # Twice: the fragments, and the files they are joined into.
@@ -150,6 +152,14 @@ def convert(checkpoint: Path, target: Path) -> None:
         for name in (*_TRAINER_FILES, MARKER):
             if (checkpoint / name).exists():
                 shutil.copy2(checkpoint / name, growing / name)
+
+
+def remove_conversions(run: Path) -> list[Path]:
+    """Remove the converted checkpoints that killed starts have left, finished or not; returns them."""
+    found = [path for path in run.glob("*checkpoint-*") if _CONVERTED.fullmatch(path.name)]
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return found
 
 
 def _is_converted_from(target: Path, checkpoint: Path) -> bool:

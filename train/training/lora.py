@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from modelscope_dolly.errors import DollyError, SettingError, unknown_name
 from modelscope_dolly.files import new_directory, read_json
 from modelscope_dolly.prompt import DollyTokenizer
+from train.recipe_file import shown
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 #: What peft writes into a checkpoint beside the adapter's weights.
 CONFIG = "adapter_config.json"
+#: Directory of the finished adapter, in that of the run.
+ADAPTER = "adapter"
 _KEYS = ("r", "alpha", "dropout")
+#: Far above what is in use, and below what a mistake costs. The widest layer of a dolly has 20,480 outputs.
+MOST_RANK, MOST_ALPHA = 16_384, 1e6
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,17 @@ def read_lora(values: dict | None) -> Lora | None:
         return None
     problems = [unknown_name("lora setting", str(name), _KEYS) for name in values if name not in _KEYS]
     rank = values.get("r")
-    if not _is_number(rank, int) or rank < 1:
-        problems.append(f"lora.r is {rank!r}, it must be a whole number of at least 1, for instance lora: {{r: 16}}")
+    if not _is_number(rank, int) or not 1 <= rank <= MOST_RANK:
+        problems.append(
+            f"lora.r is {shown(rank)}, it must be a whole number of at least 1 and at most {MOST_RANK:,}, for instance "
+            "lora: {r: 16}"
+        )
         rank = 1
     alpha, dropout = values.get("alpha", 2 * rank), values.get("dropout", 0.0)
-    if not _is_number(alpha, (int, float)) or not 0 < alpha < float("inf"):
-        problems.append(f"lora.alpha is {alpha!r}, it must be a number above 0")
+    if not _is_number(alpha, (int, float)) or not 0 < alpha <= MOST_ALPHA:
+        problems.append(f"lora.alpha is {shown(alpha)}, it must be a number above 0 and at most {MOST_ALPHA:,.0f}")
     if not _is_number(dropout, (int, float)) or not 0 <= dropout < 1:
-        problems.append(f"lora.dropout is {dropout!r}, it must be in [0, 1)")
+        problems.append(f"lora.dropout is {shown(dropout)}, it must be in [0, 1)")
     if problems:
         raise SettingError("; ".join(problems))
     _peft()

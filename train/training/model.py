@@ -13,7 +13,7 @@ from modelscope_dolly.errors import DollyError
 from modelscope_dolly.hardware import DTYPES
 from train.planning.zero_stage import ZeroChoice
 from train.prepare import PreparedData
-from train.training.lora import add_adapters, merge
+from train.training.lora import ADAPTER, add_adapters, merge
 from train.training.loss import CausalLMLoss
 from train.training.trainer import DollyTrainer
 
@@ -63,7 +63,7 @@ def export_model(trainer: DollyTrainer, state: dict[str, torch.Tensor], data: Pr
     trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     network = trained.network
     if data.lora:
-        network = merge(trained, data.lora, data.tokenizer, trainer.config.model, target.parent / "adapter")
+        network = merge(trained, data.lora, data.tokenizer, trainer.config.model, target.parent / ADAPTER)
         state = network.state_dict()
     network.config.dtype = DTYPES[dtype]
     weights = {name.removeprefix("network."): tensor.to(DTYPES[dtype]) for name, tensor in state.items()}

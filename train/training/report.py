@@ -1,19 +1,75 @@
-"""What a run leaves for people, from its metrics.jsonl: the loss curve as a picture, and a summary in words."""
+"""What a run leaves for people: run.json and metrics.jsonl read back, the loss curve, and a summary in words."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
+
+from modelscope_dolly.errors import CheckpointError, SettingError
+from modelscope_dolly.files import parse_json_lines, read_json, write_atomically
+from train.recipe_file import shown
+
+METRICS, PICTURE = "metrics.jsonl", "loss.png"
+#: What to do about a damaged record: a run reads its own only to go on with them.
+_REMEDY = "no checkpoint depends on it: correct it, or move it out of the run directory and start again"
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The starts of a run, from its run.json; at least one. Raises CheckpointError."""
+    try:
+        starts = read_json(path).get("starts")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_REMEDY}") from None
+    if not isinstance(starts, list) or not starts or not all(isinstance(start, dict) for start in starts):
+        raise CheckpointError(f"{path}: `starts` must be a list with the starts of the run; {_REMEDY}")
+    return starts
 
 
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
-    """(training rows, evaluation rows) of metrics.jsonl, in step order."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """(training rows, evaluation rows) of metrics.jsonl, in step order; none where there is no such file.
+
+    Raises:
+        CheckpointError: the file is damaged; names the line.
+    """
+    path = run / METRICS
+    try:
+        rows = _parse_rows(path.read_bytes(), path)
+    except FileNotFoundError:
+        rows = []
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from None
     return [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
 
 
+def cut_metrics(path: Path, step: int) -> None:
+    """Remove the rows after a step, from which a run resumes, and what a run that was killed left of its last row.
+
+    Raises:
+        CheckpointError: another line is damaged; nothing was removed.
+    """
+    if path.exists():
+        rows = _parse_rows(path.read_bytes().rpartition(b"\n")[0], path)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+
+def _parse_rows(data: bytes, path: Path) -> list[dict]:
+    try:
+        return parse_json_lines(data, path, _problem_of_row)
+    except SettingError as error:
+        raise CheckpointError(f"{error}; {_REMEDY}") from None
+
+
+def _problem_of_row(row: dict) -> str | None:
+    if type(row.get("step")) is not int:
+        return f"`step` must be a whole number, found {shown(row.get('step'))}"
+    wrong = [name for name in ("loss", "eval_loss") if name in row and type(row[name]) not in (int, float)]
+    return f"`{wrong[0]}` must be a number, found {shown(row[wrong[0]])}" if wrong else None
+
+
 def draw_loss(run: Path) -> Path | None:
-    """Write loss.png; None where matplotlib is not installed (it is in the extra `train`)."""
+    """Write loss.png; None where matplotlib is not installed (it is in the extra `train`), or no step was recorded."""
     try:
         import matplotlib
     except ImportError:
@@ -22,6 +78,8 @@ def draw_loss(run: Path) -> Path | None:
     from matplotlib import pyplot
 
     steps, evaluations = read_metrics(run)
+    if not steps:
+        return None
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(
         [row["step"] for row in steps], [row["loss"] for row in steps], linewidth=0.8, alpha=0.5, label="training"
@@ -35,9 +93,14 @@ def draw_loss(run: Path) -> Path | None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(run / "loss.png")
-    pyplot.close(figure)
-    return run / "loss.png"
+    growing = run / f".{PICTURE}.{os.getpid()}.tmp"  # a picture that is there is a whole one
+    try:
+        figure.savefig(growing, format="png")
+        os.replace(growing, run / PICTURE)
+    finally:
+        growing.unlink(missing_ok=True)
+        pyplot.close(figure)
+    return run / PICTURE
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
@@ -48,7 +111,9 @@ def running_mean(values: list[float], width: int) -> list[float]:
 def summary(run: Path) -> str:
     """A few lines about a finished run."""
     steps, evaluations = read_metrics(run)
-    tokens, seconds = sum(row["tokens"] for row in steps), sum(row["seconds"] for row in steps)
+    if not steps:
+        return f"no steps in {run / METRICS}"
+    tokens, seconds = (sum(row.get(name, 0) for row in steps) for name in ("tokens", "seconds"))
     lines = [
         f"{len(steps)} steps, {tokens:,} tokens in {seconds:.0f} s: {tokens / max(seconds, 1e-9):,.0f} a second",
         f"training loss {steps[0]['loss']:.4f} at the first step, {steps[-1]['loss']:.4f} at the last",

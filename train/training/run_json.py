@@ -6,7 +6,6 @@ publishing/run_metadata.py reads it for the model card.
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import sys
 import time
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import modelscope_dolly
-from modelscope_dolly.files import read_json, write_atomically
-from train.config import Resolved, TrainConfig
+from modelscope_dolly.files import write_json
+from train.config import Resolved
 from train.planning.zero_stage import ZeroChoice
 from train.prepare import PreparedData
 from train.training.checkpoints import RunCheckpoint
-
-#: Settings that may change from start to start without a word.
-_UNRELATED = {"resume", "output_dir", "save_every", "keep_checkpoints", "report_to", "publish"}
+from train.training.report import read_starts
 
 
 def record_start(
@@ -55,15 +52,5 @@ def record_start(
         "resumed_from": str(resume.path) if resume else None,
         "versions": {"modelscope_dolly": modelscope_dolly.__version__, "python": platform.python_version(), **versions},
     }
-    earlier = read_json(path)["starts"] if path.exists() else []
-    write_atomically(path, json.dumps({"starts": [*earlier, start]}, indent=2, ensure_ascii=False) + "\n")
-
-
-def changed_settings(path: Path, config: TrainConfig, resume: RunCheckpoint | None) -> list[str]:
-    """A line for each setting that differs from the last start; those that change the plan are refused elsewhere."""
-    if resume is None or not path.exists():
-        return []
-    before = read_json(path)["starts"][-1]["settings"]
-    now = dataclasses.asdict(config)
-    changed = [name for name in now if name not in _UNRELATED and before.get(name, now[name]) != now[name]]
-    return [f"changed since the last start: {name} was {before[name]!r}, is {now[name]!r}" for name in changed]
+    earlier = read_starts(path) if path.exists() else []
+    write_json(path, {"starts": [*earlier, start]})

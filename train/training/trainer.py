@@ -13,7 +13,8 @@ from modelscope_dolly.errors import HardwareError
 from modelscope_dolly.files import check_disk
 from train.config import TrainConfig
 from train.data.collate import Example, PassDataset, label_count
-from train.training.checkpoints import DISK_REMEDY, mark_complete, prune, remove, writing
+from train.distributed import gather
+from train.training.checkpoints import DISK_REMEDY, Origin, digests, mark_complete, prune, remove, writing
 from train.training.schedule import schedule
 
 
@@ -25,16 +26,18 @@ class DollyTrainer(Trainer):
         passes: the forward passes of the plan, for this number of ranks.
         checkpoint_bytes: expected size of one checkpoint, to check the disk before it is written.
         held_out: examples for evaluation.
+        origin: what its checkpoints come from (default: the plan alone).
     """
 
     def __init__(
         self, config: TrainConfig, passes: PassDataset, checkpoint_bytes: int, held_out: Sequence[Example],
-        **keywords: Any,
+        origin: Origin | None = None, **keywords: Any,
     ):  # fmt: skip
         super().__init__(
             data_collator=lambda items: items[0], train_dataset=passes, eval_dataset=list(held_out), **keywords
         )
         self.config, self.plan, self.checkpoint_bytes, self.held_out = config, passes.plan, checkpoint_bytes, held_out
+        self.origin = origin or Origin(self.plan.hash, self.plan.order_hash)
         self._dry_run_done = False
         self.loss_is_scaled_for_ga = True  # losses of a step add up to its mean over labels
         self.remove_callback(PrinterCallback)  # callbacks.Progress prints instead
@@ -122,8 +125,10 @@ class DollyTrainer(Trainer):
         with writing(path):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        with writing(path):  # right after the files were written: they are still in memory
+            hashed = gather(digests(path, self.args.process_index, self.args.world_size))
         if self.args.should_save:
             with writing(path):
-                mark_complete(path, self.plan.world, self.plan.hash, self.plan.order_hash)
+                mark_complete(path, self.plan.world, self.origin, hashed)
             prune(run, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()

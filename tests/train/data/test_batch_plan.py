@@ -24,6 +24,11 @@ def records_of(step) -> list[int]:
     return [record for rank in step for records in rank for record in records]
 
 
+def test_too_many_records_over_all_epochs_are_refused_at_once():
+    with pytest.raises(SettingError, match=r"epochs is 101: with 100,000 records it must be at most 100"):
+        packed_plan([5] * 100_000, 1, 101, 48, 1, 100)
+
+
 @settings(deadline=None, max_examples=60)
 @given(lengths_of, st.integers(0, 5), st.integers(1, 3), st.integers(8, 48), st.sampled_from([1, 2, 3, 8]))
 def test_every_record_once_an_epoch_in_steps_of_the_global_batch(lengths, seed, epochs, size, world):

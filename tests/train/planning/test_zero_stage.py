@@ -245,6 +245,10 @@ def test_spellings_of_a_machine():
         ("8xA100-80G,host=lots", "'host=lots' must look like host=512G"),
         ("8xA100-80G,ram=64G", "'ram=64g' must look like"),
         ("8xA100-80G,", "must look like"),
+        ("9" * 5000 + "xA100-80G", "unknown GPU"),
+        ("\u0663xA100-80G", "unknown GPU"),
+        ("FOO-" + "9" * 5000 + "G", "unknown GPU"),
+        ("cpu,host=" + "9" * 5000 + "G", "must look like host=512G"),
     ],
 )
 def test_unreadable_machine_is_a_setting_error(text, said):

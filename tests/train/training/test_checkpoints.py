@@ -1,23 +1,29 @@
-"""Checkpoints of a run: complete or ignored, the newest complete one chosen, older ones removed only then."""
+"""Checkpoints of a run: complete and sound, or ignored; older ones are removed only after that."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from modelscope_dolly.errors import DollyError, SettingError
+from modelscope_dolly.errors import DollyError
+from tests.support.training_runs import as_earlier_versions_marked
 from train.training import checkpoints
 from train.training.checkpoints import (
     MARKER,
-    choose_resume,
+    Origin,
+    digests,
     mark_complete,
     newest_complete,
     open_run_checkpoint,
     prune,
+    reject,
     run_checkpoints,
     writing,
 )
@@ -36,7 +42,7 @@ def unmarked(run: Path, step: int) -> Path:
 
 def saved(run: Path, step: int) -> Path:
     path = unmarked(run, step)
-    mark_complete(path, 2, f"plan of step {step}", ORDER)
+    mark_complete(path, 2, Origin(f"plan of step {step}", ORDER))
     return path
 
 
@@ -47,19 +53,23 @@ def names(paths: list[Path]) -> list[str]:
 def test_a_marked_checkpoint_is_read_back(tmp_path):
     found = open_run_checkpoint(saved(tmp_path, 7))
     assert (found.path.name, found.step, found.world) == ("checkpoint-7", 7, 2)
-    assert (found.plan_hash, found.order_hash) == ("plan of step 7", ORDER)
+    assert (found.origin.plan_hash, found.origin.order_hash) == ("plan of step 7", ORDER)
     listed = json.loads((found.path / MARKER).read_text())["files"]
-    assert listed == {"model.safetensors": 70, "global_step/rank_0.pt": 42}
+    assert {name: entry["size"] for name, entry in listed.items()} == {
+        "model.safetensors": 70,
+        "global_step/rank_0.pt": 42,
+    }
+    assert listed["model.safetensors"]["sha256"] == hashlib.sha256(b"weights" * 10).hexdigest()
 
 
 def test_the_marker_appears_whole_after_everything_else(tmp_path, monkeypatch):
     path = unmarked(tmp_path, 3)
     monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        mark_complete(path, 1, "plan", ORDER)
+        mark_complete(path, 1, Origin("plan", ORDER))
     assert sorted(names(path.iterdir())) == ["global_step", "model.safetensors"]
     monkeypatch.undo()
-    mark_complete(path, 1, "plan", ORDER)
+    mark_complete(path, 1, Origin("plan", ORDER))
     assert open_run_checkpoint(path).step == 3
 
 
@@ -83,16 +93,13 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "says"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_is_taken(tmp_path, damage, says):
+def test_an_incomplete_checkpoint_is_skipped_with_the_reason(tmp_path, damage, says):
     saved(tmp_path, 6), damage(saved(tmp_path, 9))
     with pytest.raises(DollyError, match=says):
         open_run_checkpoint(tmp_path / "checkpoint-9")
     found, skipped = newest_complete(tmp_path)
     assert found.step == 6 and len(skipped) == 1
     assert "checkpoint-9" in skipped[0] and says in skipped[0]
-    found, lines = choose_resume(tmp_path, "auto", ORDER)
-    assert found.step == 6
-    assert lines == [f"skipped: {skipped[0]}", f"resuming from {tmp_path / 'checkpoint-6'} at step 6"]
 
 
 def test_newest_means_the_highest_step_and_other_names_are_left_alone(tmp_path):
@@ -105,47 +112,94 @@ def test_newest_means_the_highest_step_and_other_names_are_left_alone(tmp_path):
     assert newest_complete(tmp_path)[0].step == 100
 
 
-def test_a_new_run_starts_anew_and_says_so(tmp_path):
-    assert choose_resume(tmp_path / "none", "auto", ORDER) == (
-        None,
-        ["starting from the base model: no complete checkpoint"],
+def flip(path: Path, offset: int, count: int = 1) -> None:
+    """Invert bytes; the size stays."""
+    data = bytearray(path.read_bytes())
+    data[offset : offset + count] = bytes(byte ^ 0xFF for byte in data[offset : offset + count])
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> dict[Path, bytes]:
+    """A checkpoint: its files and what is in them, to be put back."""
+    path = saved(tmp_path_factory.mktemp("sound"), 5)
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_flipped_byte_of_any_file_is_found(sound, data):
+    file = data.draw(st.sampled_from(sorted(sound)))
+    path = next(name.parent for name in sound if name.name == MARKER)
+    flip(file, data.draw(st.integers(0, len(sound[file]) - 1)), data.draw(st.integers(1, 8)))
+    try:
+        with pytest.raises(DollyError) as error:
+            open_run_checkpoint(path, verify=True)
+    finally:
+        file.write_bytes(sound[file])
+    assert file.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_contents_are_compared_where_that_is_asked_for(tmp_path):
+    path = saved(tmp_path, 5)
+    flip(path / "model.safetensors", 3)
+    assert open_run_checkpoint(path).step == 5
+    says = r"model\.safetensors: sha256 [0-9a-f]{12}\.\.\., expected [0-9a-f]{12}\.\.\.: its content changed"
+    with pytest.raises(DollyError, match=says):
+        open_run_checkpoint(path, verify=True)
+
+
+@settings(deadline=None)
+@given(
+    st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["version", "step", "world", "plan_hash", "order_hash", "files", "settings", "sha256", "size"]
+                ),
+                inner,
+            )
+        ),
     )
-    assert choose_resume(tmp_path / "none", "no", ORDER) == (None, ["starting from the base model (resume: no)"])
-    unmarked(tmp_path, 4)
-    found, lines = choose_resume(tmp_path, "auto", ORDER)
-    assert found is None and len(lines) == 2 and lines[0].startswith("skipped: ") and "checkpoint-4" in lines[0]
+)
+def test_whatever_else_a_marker_holds_is_told_in_one_line(sound, content):
+    marker = next(name for name in sound if name.name == MARKER)
+    marker.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    try:
+        with pytest.raises(DollyError) as error:
+            open_run_checkpoint(marker.parent, verify=True)
+    finally:
+        marker.write_bytes(sound[marker])
+    assert "\n" not in str(error.value)
 
 
-def test_resume_no_does_not_mix_with_checkpoints_that_are_there(tmp_path):
-    saved(tmp_path, 2), unmarked(tmp_path, 4)
-    with pytest.raises(SettingError, match="holds 2 checkpoints, the newest checkpoint-4; give another output_dir"):
-        choose_resume(tmp_path, "no", ORDER)
+def test_a_checkpoint_of_an_earlier_version_has_sizes_only(tmp_path):
+    path = saved(tmp_path, 5)
+    assert open_run_checkpoint(path).has_digests
+    as_earlier_versions_marked(path)
+    found = open_run_checkpoint(path, verify=True)
+    assert (found.step, found.world, found.has_digests, found.origin.settings) == (5, 2, False, None)
 
 
-def test_a_named_checkpoint_older_than_the_newest_is_taken_into_another_run_only(tmp_path):
-    saved(tmp_path, 2), saved(tmp_path, 4)
-    named = str(tmp_path / "checkpoint-2")
-    with pytest.raises(SettingError, match=r"step 2, but .*checkpoint-4 is newer; remove the newer checkpoints, or"):
-        choose_resume(tmp_path, named, ORDER)
-    found, lines = choose_resume(tmp_path / "other", named, ORDER)
-    assert found.step == 2 and lines == [f"resuming from {tmp_path / 'checkpoint-2'} at step 2"]
-    (tmp_path / "checkpoint-4" / MARKER).unlink()  # incomplete ones do not count
-    assert choose_resume(tmp_path, named, ORDER)[0].step == 2
+def test_a_rejected_checkpoint_counts_as_incomplete_and_does_not_keep_another_from_being_kept(tmp_path):
+    saved(tmp_path, 2), reject(saved(tmp_path, 8))
+    assert newest_complete(tmp_path)[0].step == 2 and "found it damaged" in newest_complete(tmp_path)[1][0]
+    saved(tmp_path, 4)
+    assert names(prune(tmp_path, 1)) == ["checkpoint-2"]
+    saved(tmp_path, 9)
+    assert names(prune(tmp_path, 1)) == ["checkpoint-8", "checkpoint-4"]
 
 
-@pytest.mark.parametrize("name", ["checkpoint-8", "final", "checkpoint-5"])
-def test_a_named_checkpoint_must_be_a_complete_one(tmp_path, name):
-    saved(tmp_path, 2), unmarked(tmp_path, 5)
-    (tmp_path / "final").mkdir()
-    with pytest.raises(DollyError, match=f"{name}: (not a checkpoint directory|incomplete)"):
-        choose_resume(tmp_path, str(tmp_path / name), ORDER)
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_another_order_of_the_records_is_refused(tmp_path, named):
-    path = saved(tmp_path, 2)
-    with pytest.raises(SettingError, match=r"checkpoint-2: .*(data, seed, epochs, .* or another output_dir)"):
-        choose_resume(tmp_path, str(path) if named else "auto", "another order")
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_the_processes_hash_every_file_once(tmp_path, parts):
+    path = unmarked(tmp_path, 3)
+    found = [digests(path, part, parts) for part in range(parts)]
+    assert sum(map(len, found)) == 2 and {name: value for part in found for name, value in part.items()} == digests(
+        path
+    )
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

@@ -178,8 +178,10 @@ def test_values_that_are_not_given_follow_from_the_rank():
     ("values", "message"),
     [
         ({"r": 4, "alhpa": 8}, "unknown lora setting 'alhpa'. Did you mean 'alpha'? Allowed: alpha, dropout, r"),
-        ({}, "lora.r is None, it must be a whole number of at least 1, for instance lora: {r: 16}"),
+        ({}, "lora.r is None, it must be a whole number of at least 1 and at most 16,384, for instance lora: {r"),
         ({"r": 0}, "lora.r is 0, it must be"),
+        ({"r": 2**64}, "at least 1 and at most 16,384"),
+        ({"r": 4, "alpha": 10**400}, "it must be a number above 0 and at most 1,000,000"),
         ({"r": True}, "lora.r is True, it must be"),
         ({"r": 4.0}, "lora.r is 4.0, it must be"),
         ({"r": 4, "alpha": "8"}, "lora.alpha is '8', it must be a number above 0"),

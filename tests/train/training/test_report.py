@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from modelscope_dolly.errors import CheckpointError
 from train.data.batch_plan import packed_plan
 from train.training.callbacks import Progress
 from train.training.report import draw_loss, read_metrics, running_mean, summary
@@ -39,6 +40,22 @@ def test_summary_names_speed_first_last_and_best(run):
     for part in ("40 steps, 4,000 tokens in 20 s: 200 a second", "5.0000 at the first", "0.1250 at the last",
                  "held-out loss 3.0000 at the last evaluation, 0.2000 at the best (step 30)"):  # fmt: skip
         assert part in text
+
+
+def test_a_picture_is_whole_or_absent(run, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed (it is in the extra `train`)")
+    monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        draw_loss(run)
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"] and pyplot.get_fignums() == []
+
+
+def test_without_metrics_there_is_nothing_to_draw_and_a_line_says_so(tmp_path):
+    assert read_metrics(tmp_path) == ([], []) and draw_loss(tmp_path) is None
+    assert summary(tmp_path) == f"no steps in {tmp_path / 'metrics.jsonl'}"
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot be read: Is a directory"):
+        read_metrics(tmp_path)
 
 
 def test_running_mean_looks_back_only():

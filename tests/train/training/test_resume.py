@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tests.support.training_runs import (
     STEPS,
     Processes,
+    as_earlier_versions_marked,
     complete,
     finished,
     needs_deepspeed,
@@ -249,3 +250,234 @@ def test_other_records_are_refused_and_a_new_directory_starts_anew(tmp_path):
     other = complete(recipe, "--output-dir", str(tmp_path / "other"))
     assert "starting from the base model" in other.stdout()
     assert rows(tmp_path / "other")[0]["loss"] != rows(finished())[0]["loss"]
+
+
+# Two runs at once, and checkpoints of other settings
+
+
+def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(tmp_path):
+    recipe = write_recipe(tmp_path)
+    first = Processes(recipe, before=functools.partial(pause_at, 8))
+    first.wait_for_step(8)
+    before = sorted((tmp_path / "run").rglob("*"))
+    (tmp_path / "second").mkdir()
+    shutil.copy(recipe, tmp_path / "second")
+    second = Processes(tmp_path / "second" / recipe.name, "--learning-rate", "1e-2")
+    assert second.wait() == [2]
+    told = second.stderr().splitlines()[-1]
+    assert told.startswith(
+        f"train.finetune: {tmp_path / 'run'}: another run is at work here: process {first.ranks[0].pid}"
+    )
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    first.ranks[0].kill()
+    first.wait()
+
+    again = complete(recipe)
+    assert f"left by process {first.ranks[0].pid} on " in again.stdout() and resumed_at(again) == 6
+    assert_as_if_uninterrupted(tmp_path / "run", 1, "auto")
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_a_run_whose_lock_was_taken_over_stops_before_it_writes(tmp_path):
+    """As one that was suspended for minutes on another machine."""
+    run = Processes(write_recipe(tmp_path), before=functools.partial(pause_at, 8))
+    run.wait_for_step(8)
+    lock = tmp_path / "run" / "run.lock"
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "far", "token": "another"}).ljust(511) + "\n")
+    before = sorted((tmp_path / "run").rglob("*"))
+    run.ranks[0].terminate()
+    assert run.wait() == [2]
+    assert f"run.lock: taken over by process {run.ranks[0].pid} on far" in run.stderr().splitlines()[-1]
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused_unless_it_is_named(tmp_path):
+    recipe = write_recipe(tmp_path)
+    run = Processes(recipe, "--learning-rate", "1e-2", before=functools.partial(pause_at, 8))
+    run.wait_for_step(8)
+    run.kill()
+    before = sorted((tmp_path / "run").rglob("*"))
+    refused = Processes(recipe, "--epochs", "4")
+    assert refused.wait() == [2]
+    told = refused.stderr().splitlines()[-1]
+    path = tmp_path / "run" / "checkpoint-6"
+    assert f"{path}: was saved with other settings, which change the result: learning_rate was 0.01, is 0.001." in told
+    assert sorted((tmp_path / "run").rglob("*")) == [path for path in before if path.name != "run.lock"]
+
+    again = complete(recipe, "--resume", str(path))
+    assert "changed, and with it the result: learning_rate was 0.01, is 0.001" in again.stdout()
+    rates = [row["lr"] for row in rows(tmp_path / "run") if "lr" in row]
+    assert len(rates) == STEPS and rates[5] > 5e-3
+
+
+# Damage that leaves the size
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
+                                  "trainer_state.json", "training_args.bin", MARKER])  # fmt: skip
+def test_a_checkpoint_whose_content_changed_is_skipped_for_the_one_before(tmp_path, name):
+    shutil.copytree(finished(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    newest, before = run_checkpoints(tmp_path / "run")
+    victim = newest / name
+    data = bytearray(victim.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(byte ^ 0xFF for byte in data[middle : middle + 64])
+    victim.write_bytes(data)
+
+    again = complete(write_recipe(tmp_path))
+    assert f"skipped: {victim}: " in again.stdout() and resumed_at(again) == open_run_checkpoint(before).step
+    assert_as_if_uninterrupted(tmp_path / "run", 1, "auto")
+    assert open_run_checkpoint(newest, verify=True).path == newest  # saved anew
+
+
+@needs_deepspeed
+def test_damage_to_the_states_of_any_process_is_found_by_all(tmp_path):
+    shutil.copytree(finished(2, "2"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    newest, before = run_checkpoints(tmp_path / "run")
+    victim = sorted(newest.rglob("*_optim_states.pt"))[1]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    victim.write_bytes(data)
+    again = complete(write_recipe(tmp_path, zero_stage="2"), world=2)
+    assert f"skipped: {victim}: sha256 " in again.stdout() and resumed_at(again) == open_run_checkpoint(before).step
+    assert_as_if_uninterrupted(tmp_path / "run", 2, "2")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed_with_a_word(tmp_path):
+    shutil.copytree(finished(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    newest, before = run_checkpoints(tmp_path / "run")
+    shutil.rmtree(newest)
+    as_earlier_versions_marked(before)
+    again = complete(write_recipe(tmp_path))
+    assert f"{before} is of an earlier version, without digests" in again.stdout()
+    assert resumed_at(again) == open_run_checkpoint(before).step
+    assert_as_if_uninterrupted(tmp_path / "run", 1, "auto")
+
+
+# The records of a run
+
+
+DAMAGED = {
+    "run.json empty": ("run.json", lambda data: b"{}", "`starts` must be a list"),
+    "run.json cut": ("run.json", lambda data: data[: len(data) // 2], "not JSON"),
+    "metrics bad byte": (
+        "metrics.jsonl",
+        lambda data: data.replace(b"loss", b"lo\xffs", 1),
+        "metrics.jsonl:1: not JSON",
+    ),
+    "metrics a number": ("metrics.jsonl", lambda data: b"5\n" + data, "metrics.jsonl:1: must be a JSON object"),
+    "metrics no step": ("metrics.jsonl", lambda data: b'{"loss": 1}\n' + data, "`step` must be a whole number"),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "says"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_record_is_one_line_and_without_it_the_run_resumes(tmp_path, name, damage, says):
+    shutil.copytree(finished(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    record = tmp_path / "run" / name
+    record.write_bytes(damaged := damage(record.read_bytes()))
+    recipe = write_recipe(tmp_path)
+    run = Processes(recipe)
+    assert run.wait() == [2]
+    told = run.stderr().splitlines()[-1]
+    assert told.startswith(f"train.finetune: {record}") and says in told and "move it out of the run directory" in told
+    assert "Traceback" not in run.stderr() and record.read_bytes() == damaged
+
+    record.rename(tmp_path / name)
+    complete(recipe)
+    assert torch.equal(*(load_file(folder / "final" / "model.safetensors")["gpt_neox.embed_in.weight"]
+                         for folder in (tmp_path / "run", finished())))  # fmt: skip
+
+
+# Killed in the export or after it
+
+
+def pause_in_the_export(folder: Path) -> None:
+    """After the weights are written, before the directory gets its name."""
+    from modelscope_dolly.checkpoint import writer
+
+    def wait(directory):
+        (folder / "exporting").touch()
+        signal.pause()
+
+    writer.seal_directory = wait
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_in_the_export_leaves_nothing_for_long(tmp_path, number):
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    first = Processes(recipe, before=functools.partial(pause_in_the_export, tmp_path))
+    while not (tmp_path / "exporting").exists():
+        first.ranks[0].join(0.01)
+        assert first.ranks[0].is_alive(), first.stderr()
+    leftovers = list(run.glob(".final.*.incomplete"))
+    assert [(path / "model.safetensors").exists() for path in leftovers] == [True]
+    os.kill(first.ranks[0].pid, number)
+    assert first.wait() == [-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM]
+    if number == signal.SIGTERM:
+        assert list(run.glob(".*")) == [] and not (run / "run.lock").exists()
+        assert first.stderr().splitlines()[-1] == "stopped by SIGTERM; the same command goes on from here"
+
+    again = complete(recipe)
+    assert (f"removed {leftovers[0]}, left by" in again.stdout()) == (number == signal.SIGKILL)
+    assert list(run.glob(".*")) == [] and resumed_at(again) == STEPS
+    assert_as_if_uninterrupted(run, 1, "auto")
+
+
+def kill_after_the_export() -> None:
+    from train import finetune
+
+    export = finetune.export_model
+
+    def export_and_die(*arguments):
+        export(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    finetune.export_model = export_and_die
+
+
+def test_killed_after_the_export_the_same_command_does_what_is_missing(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (it is in the extra `train`)")
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    assert Processes(recipe, before=kill_after_the_export).wait() == [-signal.SIGKILL]
+    assert (run / "final" / "manifest.json").exists() and (run / "loss.png").exists()
+    (run / "loss.png").unlink()  # as versions did that drew it last
+
+    other = Processes(recipe, "--learning-rate", "1e-2")
+    assert other.wait() == [2] and "It had other settings: learning_rate was 0.001, is 0.01" in other.stderr()
+    again = complete(recipe)
+    assert f"drew {run / 'loss.png'}, which was missing" in again.stdout() and f"{STEPS} steps" in again.stdout()
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert_as_if_uninterrupted(run, 1, "auto")
+    last = Processes(recipe)
+    assert last.wait() == [2] and "this run is finished" in last.stderr()
+
+
+def publish_to_a_list(folder: Path) -> None:
+    from train import finetune
+
+    finetune.before_training = lambda values: None
+    finetune.after_training = lambda values, directory: (folder / "published").write_text(str(directory))
+
+
+def test_killed_before_publishing_the_same_command_publishes(tmp_path):
+    shutil.copytree(finished(), tmp_path / "run")
+    recipe = write_recipe(tmp_path, publish={"model_id": "me/x", "revision": "v1.0.0"})
+    run = complete(recipe, before=functools.partial(publish_to_a_list, tmp_path))
+    assert (tmp_path / "published").read_text() == str(tmp_path / "run" / "final")
+    assert "has been trained and exported already" in run.stdout()
+
+
+def test_a_damaged_final_is_not_published(tmp_path):
+    shutil.copytree(finished(), tmp_path / "run")
+    weights = tmp_path / "run" / "final" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0xFF
+    weights.write_bytes(data)
+    recipe = write_recipe(tmp_path, publish={"model_id": "me/x", "revision": "v1.0.0"})
+    run = Processes(recipe, before=functools.partial(publish_to_a_list, tmp_path))
+    assert run.wait() == [2] and not (tmp_path / "published").exists()
+    assert "final has problems" in run.stderr() and "Remove it, and the same command exports it again" in run.stderr()
