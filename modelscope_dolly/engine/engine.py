@@ -1,20 +1,19 @@
 """The engine of one loaded model: all callers submit requests to it and read tokens from it.
 
-One thread takes the steps. Each turn of its loop: the scheduler chooses what runs next (scheduler.py), the runner
-computes it and draws (runner.py), each sequence takes its tokens and its caller finds them in a queue. The thread
-starts with the first request, sleeps while there is none, and ends with the engine or the process.
+Each turn of its loop: the scheduler chooses what runs next (scheduler.py), the runner computes it and draws the tokens
+(runner.py), each sequence takes its own and its caller finds them in a queue. Whichever caller waits for a token takes
+the turn, for everybody; the others wait for it to end. So there is nothing to start, to stop, or to keep alive.
 """
 
 from __future__ import annotations
 
-import atexit
 import copy
 import os
+import sys
 import threading
-import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 
 import torch
 
@@ -41,7 +40,7 @@ class Call(Group):
         super().__init__(limit, stats)
         self._engine, self._process = engine, os.getpid()
         self.sequences = [Sequence(index, request, self) for index, request in enumerate(requests)]
-        self._ready: SimpleQueue[Token | BaseException] = SimpleQueue()
+        self.ready: deque[Token | Exception] = deque()
         self._open = len(requests)
 
     def __iter__(self) -> Iterator[Token]:
@@ -54,9 +53,10 @@ class Call(Group):
             while self._open:
                 if self._process != os.getpid():
                     raise DollyError("this call was begun before the process was forked; ask again in the new process")
-                item = self._ready.get()
-                if isinstance(item, BaseException):
-                    self._open = 0
+                while not self.ready:
+                    self._engine._turn(self)
+                item = self.ready.popleft()
+                if isinstance(item, Exception):
                     raise item
                 self._open -= item.finish_reason is not None
                 yield item
@@ -67,32 +67,12 @@ class Call(Group):
         """Cancel what goes on."""
         if self._open:
             self._open = 0
-            self._engine._cancel(self)
+            self.cancel()
+            self._engine._tidy()
 
-    def put(self, item: Token | BaseException) -> None:
-        self._ready.put(item)
-
-
-@dataclass(eq=False)
-class _Mailbox:
-    """What callers tell the engine's thread. It holds no reference to the engine, so that the engine can be freed."""
-
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    submitted: list[Call] = field(default_factory=list)
-    cancelled: list[Call] = field(default_factory=list)
-    closed: bool = False
-    thread: threading.Thread | None = None
-
-    def wait(self) -> bool:
-        """Sleep until there is something to do; False where it is to end."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.submitted or self.closed)
-            return not self.closed
-
-    def close(self) -> None:
-        with self.changed:
-            self.closed = True
-            self.changed.notify_all()
+    def cancel(self) -> None:
+        for sequence in self.sequences:
+            sequence.finish_reason = sequence.finish_reason or "cancelled"
 
 
 @dataclass
@@ -116,9 +96,7 @@ class Engine:
     capture: StepCapture | None = None
     timer: StepTimer = field(default_factory=StepTimer)
     slots: int = SLOTS
-    _mailbox: _Mailbox = field(init=False, repr=False, default_factory=_Mailbox)
-    _process: int = field(init=False, repr=False, default_factory=os.getpid)
-    _loop: _Loop | None = field(init=False, repr=False, default=None)
+    _state: _State | None = field(init=False, repr=False, default=None)
 
     def generate(self, requests: list[Request], slots: int = 1) -> list[list[int]]:
         """The new ids of each request, in order, stop ids included."""
@@ -136,7 +114,7 @@ class Engine:
             yield from self.submit(requests, slots, stats)
 
     def submit(self, requests: list[Request], slots: int = SLOTS, stats: RunStats | None = None) -> Call:
-        """Queue requests behind those of other callers.
+        """Queue requests behind those of other callers. They run while anybody waits for a token.
 
         Args:
             requests: to be answered.
@@ -149,23 +127,30 @@ class Engine:
         for request in requests:
             self._check(request)
         call = Call(self, requests, max(1, slots), stats)
-        if self._process != os.getpid():  # a fork copies no thread, and perhaps a lock that is held
-            self._mailbox, self._process, self._loop = _Mailbox(), os.getpid(), None
-        mailbox = self._mailbox
-        with mailbox.changed:
-            mailbox.submitted.append(call)
-            if mailbox.thread is None:
-                target, name = (weakref.ref(self), mailbox), "dolly-engine"
-                mailbox.thread = threading.Thread(target=_serve, args=target, name=name, daemon=True)
-                mailbox.thread.start()
-                weakref.finalize(self, mailbox.close).atexit = False
-                _stop_at_exit(mailbox)
-            mailbox.changed.notify_all()
+        if self._state is None or self._state.process != os.getpid():
+            with _creating:  # a fork copies the state of calls that nobody reads here, and perhaps a lock that is held
+                if self._state is None or self._state.process != os.getpid():
+                    self._state = _State(self)
+        self._state.submitted.append(call)
         return call
 
-    def _cancel(self, call: Call) -> None:
-        with self._mailbox.changed:
-            self._mailbox.cancelled.append(call)
+    def _turn(self, call: Call) -> None:
+        """Take a step, unless another caller's turn has made a token for `call`."""
+        state = self._state
+        with state.lock:
+            if not call.ready:
+                state.turn(self)
+
+    def _tidy(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Let go of what was cancelled, unless somebody else's turn does so."""
+        if finalizing():  # an argument, because names of modules are gone by then
+            return
+        state = self._state
+        if state is not None and state.process == os.getpid() and state.lock.acquire(blocking=False):
+            try:
+                state.take()
+            finally:
+                state.lock.release()
 
     def _check(self, request: Request) -> None:
         if not request.ids or request.max_new_tokens < 1 or request.length > self.window:
@@ -175,42 +160,52 @@ class Engine:
             )
 
 
-class _Loop:
-    """The state of an engine's thread."""
+_creating = threading.Lock()
+os.register_at_fork(after_in_child=_creating._at_fork_reinit) if hasattr(os, "register_at_fork") else None
+
+
+class _State:
+    """What the turns of an engine work on, in one process.
+
+    Attributes:
+        lock: held by the caller whose turn it is.
+        submitted: calls that the scheduler does not know yet.
+    """
 
     def __init__(self, engine: Engine):
+        self.process = os.getpid()
+        self.lock = threading.Lock()
+        self.submitted: deque[Call] = deque()
         self.runner = Runner(engine.net, engine.device, engine.timer, engine.capture)
         speculation = engine.speculation(self.runner) if engine.speculation else None
         chunk = CHUNK_ON_CPU if engine.device.type == "cpu" else PREFILL_TOKENS
         self.scheduler = Scheduler(engine.slots, chunk, self.runner.fits, speculation)
 
-    def work(self, engine: Engine, mailbox: _Mailbox) -> None:
-        """Take steps until nothing is left to do."""
-        while True:
-            try:
-                if not self._take(mailbox):
-                    break
-                self.runner.net, self.runner.timer, self.runner.capture = engine.net, engine.timer, engine.capture
+    def turn(self, engine: Engine) -> None:
+        """One step for all callers."""
+        self.runner.net, self.runner.timer, self.runner.capture = engine.net, engine.timer, engine.capture
+        try:
+            self.take()
+            if not self.scheduler.idle:
                 self._step()
-            except Exception as error:  # of the device: nothing that runs can go on
-                self._fail(error)
-        self.runner.forget()
+        except Exception as error:  # of the device: nothing that runs can go on
+            self._fail(error)
+        except BaseException:  # Ctrl-C in the thread whose turn it is: the step is half done
+            self._fail(HardwareError("another call of this process was interrupted in the middle of a step"))
+            raise
+        if self.scheduler.idle and not self.submitted:
+            self.runner.forget()
 
-    def _take(self, mailbox: _Mailbox) -> bool:
-        """Read the mailbox; False where there is nothing to do."""
-        with mailbox.changed:
-            submitted, cancelled = mailbox.submitted, mailbox.cancelled
-            mailbox.submitted, mailbox.cancelled = [], []
-            if mailbox.closed:
-                return False
-        for call in submitted:
+    def take(self) -> None:
+        """Read what callers have said since the last turn."""
+        while self.submitted:
+            call = self.submitted.popleft()
             self.scheduler.slots = max(self.scheduler.slots, min(call.limit, len(call.sequences)))
             for sequence in call.sequences:
                 self.scheduler.add(sequence)
-        for call in cancelled:
-            _end(call)
         self._release()
-        return not self.scheduler.idle
+        if self.scheduler.idle:
+            self.runner.forget()
 
     def _step(self) -> None:
         batch = self.scheduler.schedule()
@@ -226,8 +221,8 @@ class _Loop:
         sampled, steps = self.runner.run(batch)
         for sequence, item in self.scheduler.postprocess(batch, sampled, steps):
             if isinstance(item, Exception):
-                _end(sequence.group)
-            sequence.group.put(item)
+                sequence.group.cancel()
+            sequence.group.ready.append(item)
         self._release()
 
     def _release(self) -> None:
@@ -238,42 +233,7 @@ class _Loop:
         """Every caller whose requests run gets the error; those that wait go on."""
         running = self.scheduler.running or list(self.scheduler.waiting)[:1]
         for call in {sequence.group for sequence in running}:
-            _end(call)
-            call.put(copy.copy(error))  # each caller's thread adds its own traceback
+            call.cancel()
+            call.ready.append(copy.copy(error))  # each caller's thread adds its own traceback
         list(self.scheduler.release())
         self.runner.reset()
-
-
-def _end(call: Call) -> None:
-    for sequence in call.sequences:
-        sequence.finish_reason = sequence.finish_reason or "cancelled"
-
-
-def _serve(reference: weakref.ref[Engine], mailbox: _Mailbox) -> None:
-    """The engine's thread. It keeps the engine alive only while there is work."""
-    while mailbox.wait():
-        engine = reference()
-        if engine is None:
-            return
-        if engine._loop is None:
-            engine._loop = _Loop(engine)
-        engine._loop.work(engine, mailbox)
-        del engine
-
-
-_mailboxes: weakref.WeakSet[_Mailbox] = weakref.WeakSet()
-
-
-def _stop_at_exit(mailbox: _Mailbox) -> None:
-    """A thread inside torch when the interpreter goes away would crash it."""
-    if not _mailboxes:
-        atexit.register(_stop_all)
-    _mailboxes.add(mailbox)
-
-
-def _stop_all() -> None:
-    for mailbox in list(_mailboxes):
-        mailbox.close()
-    for mailbox in list(_mailboxes):
-        if mailbox.thread is not None:
-            mailbox.thread.join(timeout=30)

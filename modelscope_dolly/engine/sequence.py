@@ -28,7 +28,7 @@ class Request:
         max_new_tokens: at least 1.
         sampling: how tokens are drawn.
         stop_ids: end the sequence; such an id is its last one.
-        on_token: called with each new id but a stop id, in the engine's thread; True ends the sequence.
+        on_token: called with each new id but a stop id, in the thread of any caller; True ends the sequence.
         proposer: makes a proposer of draft tokens from the prompt; it changes the speed alone.
     """
 

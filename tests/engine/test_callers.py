@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 import random
 import subprocess
 import sys
@@ -94,7 +93,7 @@ def test_answers_under_load_are_those_of_one_call_alone(engine, requests, alone,
 
     in_threads(*[lambda number=number, group=group: ask(number, group) for number, group in enumerate(groups) if group])
     engine.generate([Request([1], 1)])
-    assert engine._loop.scheduler.idle and all(not call.running for call in engine._mailbox.submitted)
+    assert engine._state.scheduler.idle
 
 
 @pytest.mark.parametrize("method", ["int8", "int4", "bf16"])
@@ -190,7 +189,7 @@ def test_a_request_without_memory_for_its_keys_is_an_error_and_others_go_on(orac
     engine, sizes = our_engine(oracle), [0]
 
     def free(device: torch.device) -> int:
-        cache = engine._loop.runner.cache
+        cache = engine._state.runner.cache
         sizes.append(cache.slots * cache.length)
         return (600 - sizes[-1]) * engine.net.cache_bytes
 
@@ -208,18 +207,33 @@ def test_statistics_are_those_of_the_caller(engine, requests):
     assert stats.decode_tokens == sum(map(len, engine.generate(requests[:5]))) - 5
 
 
-def test_the_engine_is_idle_without_requests_and_goes_with_its_last_reference(oracle):
+def test_an_engine_goes_with_its_last_reference_and_gives_its_cache_back_before(oracle):
     engine = our_engine(oracle)
     engine.generate([Request([1, 2], 3, GREEDY)])
-    thread, net = engine._mailbox.thread, weakref.ref(engine.net)
-    assert thread.is_alive() and thread.daemon
-    before = sum(os.times()[:2])
-    threading.Event().wait(0.3)
-    assert sum(os.times()[:2]) - before < 0.2
-    del engine
+    stream = engine.run([Request([1, 2], 30, GREEDY)])
+    next(stream)
+    assert engine._state.runner.cache.slots == 1
+    stream.close()
+    assert engine._state.scheduler.idle and engine._state.runner.cache.slots == 0
+    net, threads = weakref.ref(engine.net), threading.active_count()
+    del engine, stream
     gc.collect()
-    thread.join(timeout=10)
-    assert not thread.is_alive() and net() is None
+    assert net() is None and threading.active_count() == threads
+
+
+def test_ctrl_c_in_one_call_is_told_to_the_others_and_the_next_request_works(engine, requests, alone):
+    def interrupt(net, inputs):
+        raise KeyboardInterrupt
+
+    other = engine.submit([requests[0]])
+    tokens = iter(other)
+    hook = engine.net.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([requests[1]])
+    hook.remove()
+    with pytest.raises(HardwareError, match="interrupted in the middle of a step"):
+        list(tokens)
+    assert engine.generate(requests[:3], 3) == alone[:3]
 
 
 def test_a_forked_process_gets_an_engine_of_its_own(checkpoint_dir):

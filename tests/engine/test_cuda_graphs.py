@@ -98,10 +98,10 @@ def test_a_second_run_captures_nothing_anew_and_does_not_see_the_first(oracle, v
 def test_a_larger_run_makes_a_larger_cache(oracle, plain, varied, alone):
     engine = capturing(oracle)
     assert engine.generate(varied[:2], 1) == alone[:2]
-    cache = engine._loop.runner.cache
+    cache = engine._state.runner.cache
     assert (cache.slots, cache.length) == (1, decode.CACHE_STEP)
     assert engine.generate(varied, 6) == alone
-    assert engine._loop.runner.cache is cache and (cache.slots, cache.length) == (8, decode.CACHE_STEP)
+    assert engine._state.runner.cache is cache and (cache.slots, cache.length) == (8, decode.CACHE_STEP)
     long = [Request(random_ids(decode.CACHE_STEP, 1), 4, GREEDY)]
     assert engine.generate(long) == plain.generate(long)
     assert (cache.slots, cache.length) == (8, 2 * decode.CACHE_STEP)
@@ -233,7 +233,7 @@ def test_output_that_is_not_finite_is_an_error_and_its_cache_is_not_kept(varied)
     model = random_model()
     engine = capturing(model)
     engine.generate(varied[:4], 4)
-    version = engine._loop.runner.cache.version
+    version = engine._state.runner.cache.version
     with torch.no_grad():
         model.lm_head.weight[7, 3] = float("nan")
     with pytest.raises(HardwareError, match="not finite in float32"):
@@ -241,7 +241,7 @@ def test_output_that_is_not_finite_is_an_error_and_its_cache_is_not_kept(varied)
     with torch.no_grad():
         model.lm_head.weight[7, 3] = 0.0
     engine.generate(varied[:1])
-    assert engine._loop.runner.cache.version > version
+    assert engine._state.runner.cache.version > version
 
 
 @pytest.mark.parametrize("penalised", [False, True])

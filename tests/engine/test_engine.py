@@ -197,7 +197,7 @@ def test_a_closed_run_frees_its_slots_at_the_next_step(engine, passes, varied, a
     run.close()
     assert next(run, None) is None
     engine.generate([Request([1], 1, GREEDY)])  # behind it in the mailbox
-    assert engine._loop.scheduler.running == [] and not engine._loop.scheduler.waiting
+    assert engine._state.scheduler.running == [] and not engine._state.scheduler.waiting
     before = len(passes)
     assert engine.generate(varied, slots=4) == alone
     assert len(passes) > before
