@@ -103,7 +103,7 @@ def test_a_named_gpu_that_is_not_here_is_an_error_with_the_count(cuda, count, re
 
 @pytest.mark.parametrize("requested", ["tpu", "cuda:", "cuda:x", "cuda:-1", "xcuda:0", "cuda:0,1", 1])
 def test_an_unknown_kind_of_device_is_an_error(requested):
-    with pytest.raises(SettingError, match=f"unknown device '{requested}'.*Allowed: cpu, cuda"):
+    with pytest.raises(SettingError, match=f"unknown device {requested!r}.*Allowed: cpu, cuda"):
         choose_device(requested)
 
 
@@ -133,7 +133,7 @@ def test_every_known_dtype_is_tested_here():
 
 @pytest.mark.parametrize("name", ["int8", "bf-16", "", torch.float64, 16])
 def test_an_unknown_dtype_is_an_error_that_lists_those_there_are(name):
-    with pytest.raises(SettingError, match=f"unknown dtype '{name}'.*Allowed: auto, bf16, fp16, fp32"):
+    with pytest.raises(SettingError, match=f"unknown dtype '?{name}'?.*Allowed: auto, bf16, fp16, fp32"):
         parse_dtype(name)
 
 
@@ -208,7 +208,7 @@ def test_threads_are_lowered_to_the_cores_of_this_process_and_never_raised(monke
         assert hardware.choose_threads().value == value
     assert hardware.choose_threads(9).value == 9
     for wrong in (0, -1, True, 1.5, "2"):
-        with pytest.raises(SettingError, match=r"threads is .* at least 1"):
+        with pytest.raises(SettingError, match=r"threads is .*, it must be a whole number from 1 to \d+"):
             hardware.choose_threads(wrong)
 
 

@@ -19,7 +19,7 @@ from modelscope_dolly.checkpoint.weights import read_tensors, write_tensors
 from modelscope_dolly.checkpoint.writer import seal_directory, write_side_files
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.errors import SettingError
-from modelscope_dolly.files import check_disk, new_directory, read_json, write_json
+from modelscope_dolly.files import check_disk, new_directory, path_of, read_json, write_json
 from modelscope_dolly.kernels.quantized_linear import is_linear, parse_quantize, stored_tensors
 
 
@@ -31,7 +31,7 @@ def quantize_checkpoint(source: str | Path, target: str | Path, method: str = "i
         SettingError: unknown method, or `source` is quantised already.
         HardwareError: the disk is too small.
     """
-    method, target = parse_quantize(method), Path(target)
+    method, target = parse_quantize(method), Path(path_of("target", target))
     if method is None:
         raise SettingError("the copy would not be quantised; give int8 or int4")
     checkpoint = open_checkpoint(source)
