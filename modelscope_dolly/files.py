@@ -97,6 +97,10 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # of a full disk, for instance
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

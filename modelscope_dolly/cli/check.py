@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 from modelscope_dolly.cli.options import add_json
+from modelscope_dolly.errors import printable
 
 SUMMARY = "verify a checkpoint directory; exit code 0 if sound, 1 if not"
 
@@ -31,5 +32,5 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"sound": sound, "findings": [dataclasses.asdict(f) for f in findings]}, indent=2))
     else:
         print(format_findings(findings))
-        print(f"{options.directory}: {'sound' if sound else 'NOT usable'}")
+        print(f"{printable(options.directory)}: {'sound' if sound else 'NOT usable'}")
     return 0 if sound else 1

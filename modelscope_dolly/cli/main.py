@@ -79,7 +79,7 @@ def _caught(step: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader is gone (`dolly ask ... | head`)
-        streams.give_up_output()
+        streams.give_up(sys.stdout)
         return 141
     except MemoryError:
         streams.complain("not enough memory; see: dolly plan")

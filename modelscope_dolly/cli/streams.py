@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from modelscope_dolly.errors import SettingError, printable
 
@@ -37,33 +37,33 @@ def complain(message: str) -> None:
     try:
         print(f"dolly: {printable(message)}", file=sys.stderr, flush=True)
     except OSError:
-        pass
+        give_up(sys.stderr)
 
 
 def flush() -> int:
-    """Write out what has been printed. Raises OSError where that fails; returns 0."""
+    """Write out what has been printed. Raises OSError where standard output does not take it; returns 0."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        give_up(sys.stderr)
     sys.stdout.flush()
     return 0
 
 
 def describe(error: OSError) -> str:
-    """What failed, and why."""
+    """What failed, and why. Only printing names no file."""
     reason = error.strerror or str(error)
-    if error.filename is not None:
-        return f"{os.fsdecode(error.filename) if not isinstance(error.filename, int) else 'a file'}: {reason}"
-    try:
-        sys.stdout.flush()
-    except OSError:  # what could not be written is still there
-        give_up_output()
-        return f"standard output: {reason}"
-    return reason
+    if isinstance(error.filename, (str, bytes)):
+        return f"{os.fsdecode(error.filename)}: {reason}"
+    give_up(sys.stdout)
+    return f"standard output: {reason}"
 
 
-def give_up_output() -> None:
-    """Print nothing more. Python would complain when it closes standard output."""
+def give_up(stream: TextIO) -> None:
+    """Print nothing more: Python would complain when it closes the stream."""
     try:
         with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), sys.stdout.fileno())
+            os.dup2(nothing.fileno(), stream.fileno())
     except io.UnsupportedOperation:  # no stream of the system's
         pass
 

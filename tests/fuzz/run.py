@@ -37,7 +37,9 @@ def main() -> int:
         except AssertionError as error:
             failed.append(name)
             cause = f"\n  {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else ""
-            print(f"{name}: FAILED: {error}{cause}\n  again: python -m tests.fuzz.run --only {name} --seed {options.seed}")
+            print(
+                f"{name}: FAILED: {error}{cause}\n  again: python -m tests.fuzz.run --only {name} --seed {options.seed}"
+            )
         else:
             print(f"{name}: {count} cases in {time.monotonic() - begun:.0f} s, none failed", flush=True)
     return 1 if failed else 0
