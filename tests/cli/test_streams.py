@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, endless, or hold no text: one line and exit code 2, as a shell sets them up."""
+"""Standard streams as a shell sets them up, closed, full, endless, or without text: one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -75,8 +75,10 @@ def test_a_path_that_is_no_text_is_shown_with_escapes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x" * 5000, "/dev/null/x", "loop", "with\nnewline"])
-@pytest.mark.parametrize("command", ["check NAME", "plan NAME", "ask hi --model NAME", "ask hi --context NAME --model x",
-                                     "quantize MODEL NAME/x", "quantize NAME new", "bench --keep NAME/x --shape x"])  # fmt: skip
+@pytest.mark.parametrize("command", [
+    "check NAME", "plan NAME", "ask hi --model NAME", "ask hi --context NAME --model x", "quantize MODEL NAME/x",
+    "quantize NAME new", "bench --keep NAME/x --shape x",
+])  # fmt: skip
 def test_a_name_that_no_file_can_have_is_one_line(name, command, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
