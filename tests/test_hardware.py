@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -215,3 +218,31 @@ def test_threads_are_lowered_to_the_cores_of_this_process_and_never_raised(monke
 def test_cores_are_those_the_process_is_pinned_to(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
     assert hardware.available_cores() == 1
+
+
+@pytest.mark.parametrize("count", [1025, 20000, 40000, 10**30, 0, -1, True, 1.5, "2", [2]])
+def test_more_threads_than_the_openmp_library_survives_are_refused(count, monkeypatch):
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 2)
+    with pytest.raises(SettingError, match=r"threads is .*, it must be a whole number from 1 to 1024"):
+        hardware.choose_threads(count)
+
+
+def test_threads_of_numpy_and_of_a_large_machine_are_taken(monkeypatch):
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 2000)
+    monkeypatch.setattr(hardware, "_threads_that_start", lambda count: count)
+    assert (
+        hardware.choose_threads(np.int64(2000)).value == 2000
+        and type(hardware.choose_threads(np.int64(2)).value) is int
+    )
+
+
+def test_threads_that_cannot_be_started_are_refused_with_the_number_that_can():
+    """In a process whose threads need more address space than it has: as with a limit of processes, none starts."""
+    program = (
+        "import resource, torch; from modelscope_dolly.hardware import choose_threads; choose_threads(4)\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + (64 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
+        "choose_threads(500)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "SettingError: threads is 500, but this process may start only" in done.stderr, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 from modelscope.models import Model
 from modelscope.msdatasets import MsDataset
@@ -123,6 +124,10 @@ def test_threads_get_the_answers_of_sequential_calls(pipe, questions):
     [
         (lambda pipe: pipe("hello", temprature=2.0), SettingError, "Did you mean 'temperature'"),
         (lambda pipe: pipe("hello", batch_size=0), SettingError, "batch_size is 0"),
+        (lambda pipe: pipe("hello", batch_size=np.arange(2)), SettingError, "batch_size is array"),
+        (lambda pipe: dolly_pipeline(None), SettingError, "model is None"),
+        (lambda pipe: dolly_pipeline("a/b", model_revision=5), SettingError, "revision is 5"),
+        (lambda pipe: DollyForTextGeneration(None), SettingError, "model is None"),
         (lambda pipe: pipe("hello", 5), SettingError, "by keyword"),
         (lambda pipe: pipe(""), PromptError, "instruction is empty"),
         (lambda pipe: pipe(["good", ""]), PromptError, "instruction is empty"),

@@ -1,8 +1,8 @@
 """Random calls of the compiled kernels, in a process of its own: `python sanitized_kernels.py LIBRARY SECONDS SEED`.
 
-The library is built with sanitizers, whose runtime is preloaded: every buffer has its exact size, so that a read or write
-beside it ends the process, and so does an operation that C does not define. The values are of every kind, finite or not.
-Nothing of the package is imported. Prints the number of cases.
+The library is built with sanitizers, whose runtime is preloaded: every buffer has its exact size, so that a read or
+write beside it ends the process, and so does an operation that C does not define. The values are of every kind, finite
+or not. Nothing of the package is imported. Prints the number of cases.
 """
 
 from __future__ import annotations
