@@ -115,18 +115,16 @@ def new_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary directory beside `target` that becomes `target` when the block succeeds and is removed otherwise.
 
     Raises:
-        CheckpointError: `target` exists and `replace` is false, or it is not a directory, or cannot be made.
+        CheckpointError: `target` exists and `replace` is false, or it is not a directory.
+        OSError: it cannot be made; the caller knows a remedy.
     """
     _check_absent(target, replace)
     target = Path(os.path.realpath(target))  # through a link: what it points to is replaced, on that file system
     # Not the process id alone: in a container it is often the same one again, and a killed process leaves its files.
     unique = f"{os.getpid()}.{secrets.token_hex(4)}"
     incomplete, old = (target.with_name(f".{target.name}.{unique}.{state}") for state in ("incomplete", "old"))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        incomplete.mkdir()
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be made: {error.strerror}") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    incomplete.mkdir()
     try:
         yield incomplete
         _check_absent(target, replace)  # another writer may have been faster

@@ -179,7 +179,11 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
     """Write named tensors as safetensors while they arrive: one file, or several of about 1 GiB with an index.
 
     Memory: one file and one tensor.
+
+    Raises:
+        CheckpointError: the disk does not take them.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     files: list[list[str]] = []
@@ -188,7 +192,11 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
 
     def write() -> None:
         files.append(list(shard))
-        save_file(shard, directory / f"model-{len(files):05}.safetensors", metadata={"format": "pt"})
+        path = directory / f"model-{len(files):05}.safetensors"
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:  # a full disk, above all
+            raise CheckpointError(f"{path}: cannot be written ({one_line(error)})") from None
         shard.clear()
 
     for name, tensor in tensors:

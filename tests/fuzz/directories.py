@@ -29,7 +29,10 @@ def tiny_checkpoint(place: Path) -> Path:
 
 def make_hostile(directory: Path, rng: random.Random) -> str:
     """Do one harm to a directory; says which."""
-    harm = rng.choice((layouts.damage, layouts.damage, _special_file, _change_json, _change_json, _long_name, _strange))
+    harms = [_special_file, _change_json, _change_json, _long_name, _strange]
+    if all(path.is_file() for path in directory.iterdir()):  # it reads the files, and a device has no end
+        harms += [layouts.damage, layouts.damage]
+    harm = rng.choice(harms)
     return harm(directory, rng)
 
 
