@@ -293,7 +293,6 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(checkpoint_dir, tmp
     assert line.startswith("dolly: ") and "cannot be written (" in line
 
 
-@pytest.mark.parametrize("target", ["/dev/null/x", "/proc/nothing/x"])
-def test_a_place_that_cannot_be_written_is_an_error_of_ours(checkpoint_dir, target):
-    with pytest.raises(CheckpointError, match=rf"{target}: cannot be written"):
-        quantize_checkpoint(checkpoint_dir, target)
+def test_a_place_that_cannot_be_written_is_an_error_of_ours(checkpoint_dir):
+    with pytest.raises(CheckpointError, match=r"/dev/null/x: cannot be written"):
+        quantize_checkpoint(checkpoint_dir, "/dev/null/x")
