@@ -7,7 +7,11 @@ JOBS ?= 2
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+# Of `make fuzz`, for all fuzzers together; SEED repeats a run.
+FUZZ_SECONDS ?= 240
+SEED ?=
+
+.PHONY: demo test lint fuzz clean
 
 demo: $(INSTALLED)
 	$(RUN) -m train.demo
@@ -19,6 +23,9 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz.run --seconds $(FUZZ_SECONDS) $(if $(SEED),--seed $(SEED))
 
 # torch first and by itself: with it in place nothing else pulls another build of it.
 $(INSTALLED): setup.py constraints.txt

@@ -7,11 +7,16 @@ from one string.
 from __future__ import annotations
 
 import difflib
+import numbers
+import unicodedata
 from collections.abc import Iterable
 
 
 class DollyError(Exception):
-    """Base of all errors that a user can cause or fix."""
+    """Base of all errors that a user can cause or fix. Its message is one line, whatever names and values it quotes."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
 
 
 class CheckpointError(DollyError):
@@ -34,15 +39,37 @@ class PublishError(DollyError):
     """The hub or the network did not let a publish be completed."""
 
 
-def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
+def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> str:
     """Message for a name that does not exist: the name, the most similar allowed one, and all that are allowed."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name[:100], allowed, n=1, cutoff=0.6) if isinstance(name, str) else []
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(allowed)}"
+    return f"unknown {kind} {shown(name)}.{hint} Allowed: {', '.join(allowed)}"
 
 
-def one_line(error: BaseException, length: int = 300) -> str:
-    """The message of another library's error on one line of at most `length` characters, to be quoted in ours."""
+def shown(value: object, length: int = 200) -> str:
+    """`repr` of what a user gave, on one line of at most `length` characters; the type of what has no `repr`."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # whatever a strange object raises; also a number of more than 4,300 digits
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Text for one line of a terminal: line ends, and characters that control the terminal, as escapes."""
+    if text.isprintable():
+        return text
+    kept = (c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in text)
+    return "".join(kept)
+
+
+def is_whole(value: object, low: int, high: int) -> bool:
+    """Whether a value is a whole number, of Python or of NumPy, from `low` to `high`. True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
+
+
+def one_line(error: BaseException | str, length: int = 300) -> str:
+    """A message of another library on one line of at most `length` characters, to be quoted in ours."""
     text = " ".join(str(error).split())
     return text if len(text) <= length else f"{text[: length - 3]}..."

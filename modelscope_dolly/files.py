@@ -8,11 +8,85 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modelscope_dolly.errors import CheckpointError, HardwareError, SettingError, one_line
+from modelscope_dolly.errors import CheckpointError, HardwareError, SettingError, one_line, shown
+
+#: Bytes of the largest JSON file that is read: parsed, it takes up to 30 times as much memory. The largest of a real
+#: dolly-v2, tokenizer.json, has 2 MB.
+LARGEST_JSON = 1 << 24
+#: Characters of a path, of which Linux takes 4,096 bytes.
+LONGEST_PATH = 4096
+#: Bytes of the largest file of records.
+LARGEST_RECORDS = 1 << 30
+
+
+def path_of(name: str, value: object) -> str:
+    """The path or hub id in the option `name`, `~` expanded where it begins with a user that exists.
+
+    Raises:
+        SettingError: neither a text nor an os.PathLike, or nothing that a file can be called.
+    """
+    try:
+        text = os.fspath(value)
+    except Exception:  # no path, or a stranger's __fspath__ fails
+        text = None
+    if not isinstance(text, str):
+        raise SettingError(f"{name} is {shown(value)}, it must be a directory or a hub id")
+    try:
+        usable = b"\0" not in os.fsencode(text) and len(text) <= LONGEST_PATH
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise SettingError(f"{name} is {shown(text)}, which no file can be called")
+    return os.path.expanduser(text)  # unlike Path.expanduser, leaves the name of an unknown user as it is
+
+
+def file_kind(path: str | os.PathLike) -> str | None:
+    """ "file", "directory", or "other" (a device, a pipe, a socket), behind links; None for what does not exist.
+
+    pathlib's own questions raise OSError for a name that is too long, and answer "no" where it cannot be known.
+
+    Raises:
+        CheckpointError: it cannot be known: no permission, a circle of links, a name that is too long.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:  # a NUL, or a lone surrogate
+        raise CheckpointError(f"{shown(os.fspath(path))}: no file can be called so") from None
+    return "file" if stat.S_ISREG(mode) else "directory" if stat.S_ISDIR(mode) else "other"
+
+
+def read_file(path: Path, largest: int = LARGEST_JSON) -> bytes:
+    """The bytes of a file. A device or pipe in its place is never opened, and a size is never believed.
+
+    Raises:
+        CheckpointError: missing, unreadable, no regular file, or larger than `largest` bytes.
+    """
+    kind = file_kind(path)
+    if kind != "file":
+        kinds = {None: "missing", "directory": "cannot be read: Is a directory"}
+        raise CheckpointError(f"{path}: {kinds.get(kind, 'cannot be read: not a regular file')}")
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            content = file.read(largest + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > largest:
+        raise CheckpointError(f"{path}: larger than {largest:,} bytes, which no such file of a dolly-v2 is")
+    return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens without waiting, should a pipe have taken the file's place in the meantime."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -24,6 +98,10 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # of a full disk, for instance
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -39,11 +117,12 @@ def new_directory(target: Path, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         CheckpointError: `target` exists and `replace` is false, or it is not a directory.
+        OSError: it cannot be made; the caller knows a remedy.
     """
-    target = Path(target).resolve()  # through a link: what it points to is replaced, on that file system
     _check_absent(target, replace)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(os.path.realpath(target))  # through a link: what it points to is replaced, on that file system
     incomplete, old = _names_beside(target, "incomplete", "old")
+    target.parent.mkdir(parents=True, exist_ok=True)
     incomplete.mkdir()
     try:
         yield incomplete
@@ -102,18 +181,15 @@ def remove_leftovers(target: Path) -> list[Path]:
 
 
 def _check_absent(target: Path, replace: bool) -> None:
-    if target.exists() and not (replace and target.is_dir()):
+    kind = file_kind(target)
+    if kind is not None and not (replace and kind == "directory"):
         raise CheckpointError(f"{target}: exists already; give another name or remove it")
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises CheckpointError."""
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        value = json.loads(read_file(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON in UTF-8 ({one_line(error)})") from None
     if not isinstance(value, dict):
@@ -132,9 +208,9 @@ def read_json_lines(path: Path, check: Callable[[dict], str | None]) -> list[dic
         SettingError: names the file and the line, what was found and what was expected.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
+        data = read_file(path, LARGEST_RECORDS)
+    except CheckpointError as error:
+        raise SettingError(str(error)) from None
     return parse_json_lines(data, path, check)
 
 
@@ -156,7 +232,9 @@ def parse_json_lines(data: bytes, path: Path, check: Callable[[dict], str | None
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal. Raises OSError, and CheckpointError for a device or a pipe."""
+    if file_kind(path) == "other":
+        raise CheckpointError(f"{path}: cannot be read: not a regular file")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -166,8 +244,8 @@ def file_sha256(path: Path) -> str:
 
 def free_disk(path: str | os.PathLike) -> int:
     """Bytes free on the file system that holds `path`, or would hold it."""
-    existing = Path(path).expanduser().absolute()
-    while not existing.exists():
+    existing = Path(os.path.expanduser(path)).absolute()
+    while not os.path.exists(existing):
         existing = existing.parent
     return shutil.disk_usage(existing).free
 

@@ -19,7 +19,7 @@ import torch
 from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.sequence import Proposer, Request
 from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
-from modelscope_dolly.errors import PromptError, SettingError, unknown_name
+from modelscope_dolly.errors import PromptError, SettingError, is_whole, shown, unknown_name
 from modelscope_dolly.prompt import DollyTokenizer, check_instruction, check_text, reduce_conversation
 from modelscope_dolly.text_stream import TextStream
 
@@ -29,6 +29,12 @@ log = logging.getLogger("modelscope.dolly")
 DEFAULT_SLOTS = 8
 #: torch's generator tells this many seeds apart.
 SEEDS = 2**32
+#: Whole numbers that the engine and a GPU count with.
+_MOST = 2**31 - 1
+#: Answers to one input.
+_MOST_SEQUENCES = 1 << 16
+#: Repetition penalties that leave every logit a finite float32, whatever the network.
+_PENALTIES = (1e-6, 1e6)
 OVERFLOW_MODES = ("error", "truncate_context")
 _QUESTION_KEYS = ("instruction", "text", "messages")
 _INPUT_KEYS = {*_QUESTION_KEYS, "context"}
@@ -80,7 +86,11 @@ class GenerationSettings:
         if problems:
             raise SettingError("; ".join(problems))
         stop = (changed.stop,) if isinstance(changed.stop, str) else tuple(changed.stop or ())
-        return dataclasses.replace(changed, stop=stop, top_k=changed.top_k or 0)
+        # Python's own numbers from here on: NumPy's are of fixed size, and overflow in arithmetic with seeds.
+        whole = {name: int(getattr(changed, name) or 0) for name in ("max_new_tokens", "top_k", "num_return_sequences")}
+        real = {name: float(getattr(changed, name)) for name in ("temperature", "top_p", "repetition_penalty")}
+        seed = int(changed.seed) if changed.seed is not None else None
+        return dataclasses.replace(changed, stop=stop, seed=seed, **whole, **real)
 
     def samplings(self) -> list[Sampling]:
         """One for each returned sequence, with its seed. Each input of a list starts from the same seed as if alone."""
@@ -88,47 +98,51 @@ class GenerationSettings:
         return [
             Sampling(
                 self.do_sample,
-                float(self.temperature),
+                self.temperature,
                 self.top_k,
-                float(self.top_p),
-                float(self.repetition_penalty),
+                self.top_p,
+                self.repetition_penalty,
                 (first + i) % SEEDS,
             )
             for i in range(self.num_return_sequences)
         ]
 
     def _requirements(self) -> Iterator[tuple[bool, str]]:
-        def whole(value: Any, low: int, high: float = math.inf) -> bool:
-            return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high
-
-        def real(value: Any) -> bool:
-            return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        def real(value: Any, low: float, high: float = sys.float_info.max) -> bool:
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            return number and low <= value <= high
 
         def must(holds: bool, name: str, allowed: str) -> tuple[bool, str]:
-            return holds, f"{name} is {getattr(self, name)!r}, it must be {allowed}"
+            return holds, f"{name} is {shown(getattr(self, name))}, it must be {allowed}"
 
-        yield must(whole(self.max_new_tokens, 1), "max_new_tokens", "a whole number of at least 1")
+        above_0 = math.ulp(0.0)
+        low, high = _PENALTIES
+        yield must(is_whole(self.max_new_tokens, 1, _MOST), "max_new_tokens", "a whole number of at least 1")
         yield must(isinstance(self.do_sample, bool), "do_sample", "True or False")
         yield must(
-            real(self.temperature) and self.temperature > 0,
+            real(self.temperature, above_0),
             "temperature",
             "a number above 0 (for the likeliest answer pass do_sample=False)",
         )
-        yield must(self.top_k is None or whole(self.top_k, 0), "top_k", "a whole number of at least 0 (0: all tokens)")
-        yield must(real(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
-        yield must(real(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "above 0")
-        yield must(whole(self.num_return_sequences, 1), "num_return_sequences", "a whole number of at least 1")
-        if self.num_return_sequences != 1:
+        top_k = self.top_k is None or is_whole(self.top_k, 0, _MOST)
+        yield must(top_k, "top_k", "a whole number of at least 0 (0: all tokens)")
+        yield must(real(self.top_p, above_0, 1), "top_p", "a number in (0, 1]")
+        penalty = f"above 0, from {low:g} to {high:g}"
+        yield must(real(self.repetition_penalty, low, high), "repetition_penalty", penalty)
+        several = is_whole(self.num_return_sequences, 1, _MOST_SEQUENCES)
+        yield must(several, "num_return_sequences", f"a whole number of at least 1, at most {_MOST_SEQUENCES}")
+        if several and self.num_return_sequences != 1:
             yield must(self.do_sample is True, "do_sample", "True for several sequences: greedy ones are all the same")
-        yield must(
-            self.seed is None or whole(self.seed, 0, SEEDS - 1), "seed", f"None or a whole number, 0 to {SEEDS - 1}"
-        )
+        seed = self.seed is None or is_whole(self.seed, 0, SEEDS - 1)
+        yield must(seed, "seed", f"None or a whole number, 0 to {SEEDS - 1}")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         texts = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
-        yield must(stop is None or self.stop == () or texts, "stop", "a text or a list of texts, none empty")
+        yield must(stop is None or texts, "stop", "a text or a list of texts, none empty")
         yield must(isinstance(self.return_full_text, bool), "return_full_text", "True or False")
-        yield must(self.on_overflow in OVERFLOW_MODES, "on_overflow", f"one of {', '.join(OVERFLOW_MODES)}")
-        lookup = isinstance(self.prompt_lookup, bool) or self.prompt_lookup == "auto"
+        mode = isinstance(self.on_overflow, str) and self.on_overflow in OVERFLOW_MODES
+        yield must(mode, "on_overflow", f"one of {', '.join(OVERFLOW_MODES)}")
+        lookup = self.prompt_lookup
+        lookup = isinstance(lookup, bool) or (isinstance(lookup, str) and lookup == "auto")
         yield must(lookup, "prompt_lookup", "True, False or 'auto'")
 
 
@@ -159,13 +173,14 @@ def parse_input(value: Any, ignore_unknown: bool = False, context: str | None = 
             f"an input must be a text or a dict with 'instruction' and perhaps 'context', found {type(value).__name__}"
         )
     for key in value:
-        if not ignore_unknown and key not in _INPUT_KEYS | _RECORD_KEYS:
-            raise PromptError(unknown_name("input key", str(key), _INPUT_KEYS))
+        if not ignore_unknown and not (isinstance(key, str) and key in _INPUT_KEYS | _RECORD_KEYS):
+            raise PromptError(unknown_name("input key", key, _INPUT_KEYS))
     given = [key for key in _QUESTION_KEYS if key in value]
     if len(given) != 1:
+        found = ", ".join(key if isinstance(key, str) else shown(key) for key in value)
         raise PromptError(
-            f"an input needs either 'instruction' or 'text', found keys: {', '.join(map(str, value)) or 'none'}; a "
-            "conversation is a dict with 'messages'"
+            f"an input needs either 'instruction' or 'text', found keys: {found or 'none'}; a conversation is a dict "
+            "with 'messages'"
         )
     if given == ["messages"]:
         instruction, own = reduce_conversation(value["messages"])

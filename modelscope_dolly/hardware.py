@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
+from modelscope_dolly.errors import HardwareError, SettingError, is_whole, shown, unknown_name
 from modelscope_dolly.files import gigabytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -19,6 +20,9 @@ _DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float3
 
 #: First compute capability whose tensor cores multiply bfloat16 (Ampere); Turing and Volta only emulate it.
 _BF16_CAPABILITY = (8, 0)
+
+#: As many threads are allowed on any machine. The OpenMP library keeps a table of them on the stack, of 8 MiB.
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class Choice:
         return f"{self.value} ({self.reason})"
 
 
+_DEVICES = ("cpu", "cuda", "cuda:N", "gpu")
+
+
 def choose_device(requested: str | torch.device | None = None) -> Choice:
     """Turn `cpu`, `cuda`, `cuda:N`, `gpu` or `gpu:N` into a torch.device.
 
@@ -42,12 +49,14 @@ def choose_device(requested: str | torch.device | None = None) -> Choice:
         HardwareError: the named device is not on this machine, or not supported.
         SettingError: no such kind of device.
     """
+    if requested is not None and not isinstance(requested, (str, torch.device)):
+        raise SettingError(unknown_name("device", requested, _DEVICES))
     name = str(requested or "gpu").lower()
-    if re.fullmatch(r"mps(:\d+)?", name):
+    if re.fullmatch(r"mps(:[0-9]+)?", name):
         raise HardwareError(f"device {name!r} was asked for, but Apple GPUs are not supported; use device='cpu'")
-    match = re.fullmatch(r"(cpu|cuda|gpu)(?::(\d+))?", name)
+    match = re.fullmatch(r"(cpu|cuda|gpu)(?::([0-9]{1,9}))?", name)
     if match is None:
-        raise SettingError(unknown_name("device", name, ("cpu", "cuda", "cuda:N", "gpu")))
+        raise SettingError(unknown_name("device", name, _DEVICES))
     kind, number = match[1], match[2]
     if kind == "cpu":
         return Choice(torch.device("cpu"), "asked for")
@@ -67,10 +76,11 @@ def choose_device(requested: str | torch.device | None = None) -> Choice:
 
 def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
     """`bf16`, `bfloat16`, `torch.bfloat16`, ... -> torch.dtype. Raises SettingError."""
-    name = dtype_name(requested).lower()
+    name = dtype_name(requested).lower() if isinstance(requested, (str, torch.dtype)) else ""
     name = _DTYPE_ALIASES.get(name, name)
     if name not in DTYPES:
-        raise SettingError(unknown_name("dtype", str(requested), ("auto", *DTYPES)))
+        asked = str(requested) if isinstance(requested, torch.dtype) else requested
+        raise SettingError(unknown_name("dtype", asked, ("auto", *DTYPES)))
     return DTYPES[name]
 
 
@@ -95,7 +105,7 @@ def choose_dtype(
     Raises:
         SettingError: `requested` is no number type.
     """
-    if requested is not None and requested != "auto":
+    if requested is not None and not (isinstance(requested, str) and requested == "auto"):
         return Choice(parse_dtype(requested), "asked for")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -125,14 +135,39 @@ def choose_threads(requested: int | None = None) -> Choice:
     for each other at every layer. A lower number set by the user (torch.set_num_threads, OMP_NUM_THREADS) stays.
 
     Raises:
-        SettingError: `requested` is not a whole number of at least 1.
+        SettingError: `requested` is not a whole number of at least 1, or more than can be started.
     """
     if requested is not None:
-        if type(requested) is not int or requested < 1:
-            raise SettingError(f"threads is {requested!r}, it must be a whole number of at least 1")
-        return Choice(requested, "asked for")
+        most = max(_MOST_THREADS, os.cpu_count() or 1)
+        if not is_whole(requested, 1, most):
+            raise SettingError(f"threads is {shown(requested)}, it must be a whole number from 1 to {most}")
+        count = int(requested)
+        if (started := _threads_that_start(count)) < count:
+            raise SettingError(
+                f"threads is {count}, but this process may start only {started} more (ulimit -u, or the container's "
+                f"limit of processes); this machine has {available_cores()} cores for it"
+            )
+        return Choice(count, "asked for")
     now, cores = torch.get_num_threads(), available_cores()
     return Choice(cores, "physical cores for this process") if cores < now else Choice(now, "as torch has it")
+
+
+def _threads_that_start(count: int) -> int:
+    """How many of `count` threads can be started: where one cannot, the OpenMP library ends the process."""
+    end = threading.Event()
+    threads = []
+    try:
+        while len(threads) < count:
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:  # can't start new thread
+        pass
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+    return len(threads)
 
 
 def available_cores() -> int:

@@ -26,7 +26,8 @@ from modelscope_dolly.engine.gpt_neox import GPTNeoX, parameter_shapes
 from modelscope_dolly.engine.speculative.decoding import SpeculativeDecoding
 from modelscope_dolly.engine.speculative.draft_model import DraftModel
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
-from modelscope_dolly.errors import HardwareError, SettingError
+from modelscope_dolly.errors import HardwareError, SettingError, shown
+from modelscope_dolly.files import path_of
 from modelscope_dolly.generation import TextGenerator
 from modelscope_dolly.hardware import (
     Choice,
@@ -37,7 +38,7 @@ from modelscope_dolly.hardware import (
 )
 from modelscope_dolly.kernels import cpu
 from modelscope_dolly.kernels.quantized_linear import METHODS, PackedLinear, is_linear, parse_quantize, replace_linears
-from modelscope_dolly.placement import check_memory, device_of, plan_placement, spread
+from modelscope_dolly.placement import check_device_map, check_memory, device_of, plan_placement, spread
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -86,10 +87,15 @@ def load(
     Raises:
         CheckpointError, HardwareError, SettingError.
     """
-    if device_map is not None and device not in (None, "gpu"):
-        raise SettingError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
-    requested = parse_quantize(quantize)
-    chosen = choose_device(device)
+    if device_map is not None:
+        check_device_map(device_map)
+        if device is not None and not (isinstance(device, str) and device == "gpu"):
+            given = f"device={shown(device)} and device_map={shown(device_map)}"
+            raise SettingError(f"{given} exclude each other; give one of them")
+    chosen, requested = choose_device(device), parse_quantize(quantize)
+    if not isinstance(verify, bool):
+        raise SettingError(f"verify is {shown(verify)}, it must be True or False")
+    draft = path_of("draft", draft) if draft is not None else None
     if threads is not None or chosen.value.type == "cpu":
         torch.set_num_threads(choose_threads(threads).value)
     checkpoint = open_checkpoint(path, verify)
@@ -147,20 +153,20 @@ def held_bytes(
 
 def _load_draft(
     checkpoint: Checkpoint,
-    draft: str | Path,
+    draft: str,
     dtype: torch.dtype,
     place: torch.device,
     verify: bool,
     quantize: str | None,
 ) -> DraftModel:
     """The draft network for the one in `checkpoint`. Raises SettingError where their vocabularies differ."""
-    other = open_checkpoint(locate(str(draft)), verify)
+    other = open_checkpoint(locate(draft), verify)
     sizes = checkpoint.config.vocab_size, other.config.vocab_size
     tokens, other_tokens = (one.tokenizer.tokenizer.get_vocab() for one in (checkpoint, other))
     if sizes[0] != sizes[1] or tokens != other_tokens:
         found = f"{sizes[1]} tokens instead of {sizes[0]}" if sizes[0] != sizes[1] else "other tokens"
         raise SettingError(
-            f"draft {str(draft)!r} has another vocabulary than {checkpoint.path} ({found}); "
+            f"draft {draft!r} has another vocabulary than {checkpoint.path} ({found}); "
             "a draft must be a smaller model of the same family, such as dolly-v2-3b for dolly-v2-12b"
         )
     log.info("draft from %s", other.path)

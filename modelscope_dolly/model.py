@@ -11,6 +11,7 @@ from modelscope.models.builder import MODELS
 
 from modelscope_dolly import MODEL_TYPE, TASK
 from modelscope_dolly.errors import SettingError, unknown_name
+from modelscope_dolly.files import path_of
 from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Update, parse_input
 from modelscope_dolly.load import load
 
@@ -49,7 +50,7 @@ class DollyForTextGeneration(TorchModel):
             raise SettingError(
                 unknown_name("model option", next(iter(unknown)), ("device", "device_map", *MODEL_OPTIONS))
             )
-        super().__init__(str(model_dir))
+        super().__init__(path_of("model", model_dir))
         number = dtype if dtype is not None else torch_dtype
         loaded = load(model_dir, device, number, device_map, verify, quantize, threads, draft)
         self.checkpoint, self.net, self.device = loaded.checkpoint, loaded.net, loaded.device

@@ -15,7 +15,7 @@ from modelscope.utils.constant import Frameworks
 
 from modelscope_dolly import CHAT_TASK, PIPELINE_TYPE, TASK
 from modelscope_dolly.checkpoint.download import locate
-from modelscope_dolly.errors import SettingError, unknown_name
+from modelscope_dolly.errors import SettingError, is_whole, shown, unknown_name
 from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, parse_input
 from modelscope_dolly.model import MODEL_OPTIONS, DollyForTextGeneration
 
@@ -97,10 +97,10 @@ class DollyTextGenerationPipeline(Pipeline):
         Raises:
             PromptError, SettingError.
         """
-        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-            raise SettingError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
+        if batch_size is not None and not is_whole(batch_size, 1, 2**31 - 1):
+            raise SettingError(f"batch_size is {shown(batch_size)}, it must be a whole number of at least 1")
         settings = self._settings(keywords)
-        slots = batch_size or DEFAULT_SLOTS
+        slots = int(batch_size or DEFAULT_SLOTS)
         if isinstance(input, MsDataset):
             return self._rows(input, context, settings, slots)
         value = _conversation(input)

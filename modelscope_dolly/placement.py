@@ -11,9 +11,9 @@ import torch
 
 from modelscope_dolly.checkpoint.memory import bytes_per_weight
 from modelscope_dolly.engine.gpt_neox import GPTNeoX
-from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
+from modelscope_dolly.errors import HardwareError, SettingError, is_whole, shown, unknown_name
 from modelscope_dolly.files import gigabytes
-from modelscope_dolly.hardware import dtype_name, free_memory
+from modelscope_dolly.hardware import choose_device, dtype_name, free_memory
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -44,16 +44,30 @@ def check_memory(net: GPTNeoX, dtype: torch.dtype, placement: dict[str, Any], me
             )
 
 
+def check_device_map(device_map: object) -> None:
+    """Raises SettingError unless it is "auto" or a dict of module names to devices that are here, "disk" among them."""
+    if isinstance(device_map, str) and device_map == "auto":
+        return
+    if not isinstance(device_map, dict):
+        raise SettingError(unknown_name("device_map", device_map, ("auto", "a dict of module names to devices")))
+    for name, device in device_map.items():
+        if not isinstance(name, str):
+            raise SettingError(f"device_map: {shown(name)} is not the name of a module")
+        if is_whole(device, 0, 1 << 16):  # accelerate's way to name a GPU
+            device = f"cuda:{device}"
+        if not (isinstance(device, str) and device == "disk"):
+            choose_device("none" if device is None else device)
+
+
 def plan_placement(config: GPTNeoXConfig, dtype: torch.dtype, device_map: str | dict) -> dict[str, Any]:
     """Module name -> device; "auto" fills the CUDA devices in order, then the host.
 
     Raises:
         HardwareError: part of the model would land on disk, which makes each token minutes long.
-        SettingError: neither "auto" nor a dict.
+        SettingError: neither "auto" nor a dict of module names to devices.
     """
+    check_device_map(device_map)
     if isinstance(device_map, str):
-        if device_map != "auto":
-            raise SettingError(unknown_name("device_map", device_map, ("auto", "a dict of module names to devices")))
         from accelerate import infer_auto_device_map
 
         with torch.device("meta"):

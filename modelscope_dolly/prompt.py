@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelscope_dolly.errors import CheckpointError, PromptError, unknown_name
+from modelscope_dolly.errors import CheckpointError, PromptError, shown, unknown_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ def check_text(name: str, text: object) -> str:
         PromptError: not a string, or a string that has no UTF-8 form (a lone surrogate).
     """
     if not isinstance(text, str):
-        raise PromptError(f"{name} must be a string, found {type(text).__name__}: {str(text)[:60]!r}")
+        raise PromptError(f"{name} must be a string, found {type(text).__name__}: {shown(text, 60)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 
 from modelscope_dolly import errors
-from modelscope_dolly.errors import DollyError, one_line, unknown_name
+from modelscope_dolly.errors import DollyError, is_whole, one_line, shown, unknown_name
 
 
 def all_subclasses(base: type) -> list[type]:
@@ -65,3 +66,28 @@ def test_one_line_is_bounded_and_ends_in_an_ellipsis_when_cut(length):
     assert len(shown) == length
     assert shown == text[: length - 3] + "..."
     assert one_line(ValueError("short"), length) == "short"
+
+
+class Raising:
+    def _fail(self, *_):
+        raise RuntimeError
+
+    __eq__ = __str__ = __repr__ = __len__ = __bool__ = _fail
+    __hash__ = object.__hash__
+
+
+def test_a_value_is_shown_on_one_short_line_and_by_its_type_where_it_cannot_be():
+    assert shown("a\nb") == repr("a\nb") and shown(np.arange(2)) == "array([0, 1])"
+    assert shown(Raising()) == "<Raising>" and shown(10**5000) == "<int>"
+    assert len(shown("x" * 1000)) == 200 and "\n" not in shown(np.zeros((4, 4)))
+    assert unknown_name("key", Raising(), ["a"]) == "unknown key <Raising>. Allowed: a"
+
+
+def test_whole_numbers_are_those_of_python_and_numpy():
+    assert all(is_whole(value, 0, 5) for value in (0, 5, np.int64(3), np.uint8(5)))
+    wrong = (-1, 6, True, np.bool_(True), 1.0, np.float32(1), np.arange(1), "1", None, Raising(), 10**400)
+    assert not any(is_whole(value, 0, 5) for value in wrong)
+
+
+def test_an_error_is_one_printable_line_whatever_it_quotes():
+    assert str(DollyError("a\nb\x1b[2J\x00\ud800\u202e 日本\u3000é")) == r"a\nb\x1b[2J\x00\ud800\u202e 日本" + "\u3000é"

@@ -10,14 +10,18 @@ import types
 import pytest
 
 from modelscope_dolly import files
-from modelscope_dolly.errors import CheckpointError, HardwareError
+from modelscope_dolly.errors import CheckpointError, HardwareError, SettingError
 from modelscope_dolly.files import (
+    LARGEST_JSON,
     check_disk,
+    file_kind,
     file_sha256,
     free_disk,
     gigabytes,
     new_directory,
     new_file,
+    path_of,
+    read_file,
     read_json,
     remove_leftovers,
     write_atomically,
@@ -210,3 +214,63 @@ def test_a_disk_that_is_too_small_is_an_error_with_both_sizes_and_the_remedy(tmp
 def test_gigabytes_are_decimal():
     assert gigabytes(48_000_000_000) == "48.00 GB"
     assert gigabytes(1_234_567_890) == "1.23 GB"
+
+
+# What may lie in the place of a file
+
+
+def _special(place, kind):
+    path = place / "config.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(kind)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/full", "/dev/zero", "/dev/null"])
+@pytest.mark.parametrize("read", [read_file, read_json, file_sha256])
+def test_a_device_or_pipe_is_refused_before_anything_is_read(tmp_path, kind, read):
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read: not a regular file"):
+        read(_special(tmp_path, kind))
+
+
+def test_a_file_that_grows_without_end_is_read_no_further_than_the_limit(tmp_path):
+    (tmp_path / "large.json").write_bytes(b" " * (LARGEST_JSON + 1))
+    with pytest.raises(CheckpointError, match=r"large\.json: larger than 16,777,216 bytes"):
+        read_json(tmp_path / "large.json")
+    (tmp_path / "large.json").write_bytes(b" " * (LARGEST_JSON - 2) + b"{}")
+    assert read_json(tmp_path / "large.json") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("x" * 300, "File name too long"), ("loop", "Too many levels"), ("a\0b", "no file"), ("\ud800", "no file")],
+)
+def test_a_name_that_no_file_can_have_is_an_error_of_ours(tmp_path, name, says):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for step in (file_kind, read_file, read_json, lambda path: new_directory(path).__enter__()):
+        with pytest.raises(CheckpointError, match=says):
+            step(tmp_path / name)
+
+
+def test_kinds_of_files_are_told_apart(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "broken").symlink_to("nothing")
+    names = ("file", "link", ".", "broken", "absent", "file/x", "/dev/null")
+    assert [file_kind(tmp_path / name) for name in names] == ["file", "file", "directory", None, None, None, "other"]
+
+
+class NoPath:
+    __fspath__ = 1
+
+
+NO_PATHS = [None, 5, b"x", 10**5000, ["x"], "a\0b", "\ud800", "x" * 5000, NoPath()]
+
+
+@pytest.mark.parametrize("value", NO_PATHS, ids=range(len(NO_PATHS)))
+def test_what_is_no_path_is_a_setting_error_that_names_the_option(value):
+    with pytest.raises(SettingError, match=r"^draft is ") as caught:
+        path_of("draft", value)
+    assert len(str(caught.value)) < 300

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelscope_dolly.engine.engine import Engine
+from modelscope_dolly.engine.sampling import penalize
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
-from modelscope_dolly.errors import PromptError, SettingError
+from modelscope_dolly.errors import PromptError, SettingError, shown
 from modelscope_dolly.generation import GenerationSettings, Prompt, TextGenerator, parse_input
 from modelscope_dolly.load import load
 from modelscope_dolly.prompt import INTRO, DollyTokenizer
@@ -56,7 +58,7 @@ BAD_VALUES = [
     ("temperature", [0, -1.0, float("nan"), float("inf"), 10**400, "1", True, None], "a number above 0"),
     ("top_k", [-1, 2.0, "3", False], "a whole number of at least 0"),
     ("top_p", [0, 1.01, -0.5, float("nan"), "0.9", True, None], "a number in (0, 1]"),
-    ("repetition_penalty", [0, -2, float("inf"), "1", None], "above 0"),
+    ("repetition_penalty", [0, -2, 1e-300, 1e-7, 1e7, float("inf"), "1", None], "above 0, from 1e-06 to 1e+06"),
     ("num_return_sequences", [0, 1.0, None], "a whole number of at least 1"),
     ("seed", [-1, 0.5, 2**32, "1", True], "None or a whole number, 0 to 4294967295"),
     ("stop", ["", ["a", ""], [1], 5, {"a": 1}], "a text or a list of texts, none empty"),
@@ -71,7 +73,7 @@ def test_a_bad_value_is_one_error_that_names_keyword_value_and_what_is_allowed(n
     for value in values:
         with pytest.raises(SettingError) as caught:
             chosen(**{name: value})
-        assert str(caught.value).startswith(f"{name} is {value!r}, it must be {allowed}"), value
+        assert str(caught.value).startswith(f"{name} is {shown(value)}, it must be {allowed}"), value
         assert str(caught.value).count("it must be") == 1
     assert [row[0] for row in BAD_VALUES] == NAMES  # so every keyword is tested here
 
@@ -160,7 +162,7 @@ def test_a_context_may_come_beside_the_input_but_not_twice():
         ({"text": "a", "messages": []}, "found keys: text, messages; a conversation is a dict with 'messages'"),
         ({"messages": "hello"}, "messages must be a list of messages, found str"),
         ({"instruction": "a", "contxt": "b"}, "unknown input key 'contxt'. Did you mean 'context'"),
-        ({"instruction": "a", 5: "b"}, "unknown input key '5'"),
+        ({"instruction": "a", 5: "b"}, "unknown input key 5"),
         ({"instruction": None}, "instruction must be a string, found NoneType"),
         ({"instruction": "a", "context": 5}, "context must be a string, found int"),
         ({"instruction": "a", "context": "\ud83d"}, "context is not valid Unicode"),
@@ -343,3 +345,32 @@ def test_prompt_lookup_is_taken_where_it_does_not_show_or_where_it_is_asked_for(
         texts.append(update.text)
     assert proposers == [PromptLookup, PromptLookup, None, None, PromptLookup]
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_numbers_of_numpy_give_the_answers_of_pythons(generator, prompts):
+    numpy = {"max_new_tokens": np.int32(6), "seed": np.int64(3), "top_k": np.uint8(50), "top_p": np.float64(0.5)}
+    plain = {name: value.item() for name, value in numpy.items()}
+    texts = [[u.text for [u] in generator.generate(prompts[:2], chosen(**each), 2)] for each in (numpy, plain)]
+    assert texts[0] == texts[1]
+    assert all(type(value) in (int, float) for name, value in vars(chosen(**numpy)).items() if name in numpy)
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 0.01, 100.0, 1e6])
+def test_the_largest_penalties_keep_logits_finite_and_in_order(penalty):
+    logits = torch.linspace(-3e30, 3e30, 1000)
+    pushed = penalize(logits, set(range(0, 1000, 2)), penalty)
+    assert pushed.isfinite().all() and bool((pushed[::2].diff() > 0).all()) and torch.equal(pushed[1::2], logits[1::2])
+
+
+@pytest.mark.parametrize("name", [row[0] for row in BAD_VALUES])
+def test_arrays_and_objects_that_raise_are_setting_errors(name):
+    class Raising:
+        def _fail(self, *_):
+            raise RuntimeError
+
+        __eq__ = __str__ = __repr__ = __len__ = __bool__ = _fail
+        __hash__ = object.__hash__
+
+    for value in (np.arange(3), torch.ones(2), Raising(), [Raising()], b"x", 10**5000):
+        with pytest.raises(SettingError, match=f"^{name} is "):
+            chosen(**{name: value})

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -103,7 +106,7 @@ def test_a_named_gpu_that_is_not_here_is_an_error_with_the_count(cuda, count, re
 
 @pytest.mark.parametrize("requested", ["tpu", "cuda:", "cuda:x", "cuda:-1", "xcuda:0", "cuda:0,1", 1])
 def test_an_unknown_kind_of_device_is_an_error(requested):
-    with pytest.raises(SettingError, match=f"unknown device '{requested}'.*Allowed: cpu, cuda"):
+    with pytest.raises(SettingError, match=f"unknown device {requested!r}.*Allowed: cpu, cuda"):
         choose_device(requested)
 
 
@@ -133,7 +136,7 @@ def test_every_known_dtype_is_tested_here():
 
 @pytest.mark.parametrize("name", ["int8", "bf-16", "", torch.float64, 16])
 def test_an_unknown_dtype_is_an_error_that_lists_those_there_are(name):
-    with pytest.raises(SettingError, match=f"unknown dtype '{name}'.*Allowed: auto, bf16, fp16, fp32"):
+    with pytest.raises(SettingError, match=f"unknown dtype '?{name}'?.*Allowed: auto, bf16, fp16, fp32"):
         parse_dtype(name)
 
 
@@ -208,10 +211,38 @@ def test_threads_are_lowered_to_the_cores_of_this_process_and_never_raised(monke
         assert hardware.choose_threads().value == value
     assert hardware.choose_threads(9).value == 9
     for wrong in (0, -1, True, 1.5, "2"):
-        with pytest.raises(SettingError, match=r"threads is .* at least 1"):
+        with pytest.raises(SettingError, match=r"threads is .*, it must be a whole number from 1 to \d+"):
             hardware.choose_threads(wrong)
 
 
 def test_cores_are_those_the_process_is_pinned_to(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
     assert hardware.available_cores() == 1
+
+
+@pytest.mark.parametrize("count", [1025, 20000, 40000, 10**30, 0, -1, True, 1.5, "2", [2]])
+def test_more_threads_than_the_openmp_library_survives_are_refused(count, monkeypatch):
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 2)
+    with pytest.raises(SettingError, match=r"threads is .*, it must be a whole number from 1 to 1024"):
+        hardware.choose_threads(count)
+
+
+def test_threads_of_numpy_and_of_a_large_machine_are_taken(monkeypatch):
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 2000)
+    monkeypatch.setattr(hardware, "_threads_that_start", lambda count: count)
+    assert (
+        hardware.choose_threads(np.int64(2000)).value == 2000
+        and type(hardware.choose_threads(np.int64(2)).value) is int
+    )
+
+
+def test_threads_that_cannot_be_started_are_refused_with_the_number_that_can():
+    """In a process whose threads need more address space than it has: as with a limit of processes, none starts."""
+    program = (
+        "import resource, torch; from modelscope_dolly.hardware import choose_threads; choose_threads(4)\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + (64 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
+        "choose_threads(500)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "SettingError: threads is 500, but this process may start only" in done.stderr, done.stderr

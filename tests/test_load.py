@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from modelscope_dolly import hardware
 from modelscope_dolly import load as loading
+from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.checkpoint.reader import open_checkpoint
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
@@ -17,6 +19,7 @@ from modelscope_dolly.errors import HardwareError, SettingError
 from modelscope_dolly.generation import GenerationSettings, Prompt
 from modelscope_dolly.kernels.quantized_linear import is_linear
 from modelscope_dolly.load import Dolly, load
+from tests.support.layouts import plain_hf
 from tests.support.models import random_model
 from train.nano import build_tokenizer
 
@@ -153,3 +156,52 @@ def test_held_bytes_are_those_of_the_loaded_network(stored_in_bf16):
         stored = sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
         # biases of packed layers stay in float32, and int8 has scales: next to nothing, except in so small a network
         assert loading.held_bytes(checkpoint, dtype, cpu, quantize)[0] == pytest.approx(stored, rel=0.04)
+
+
+class Raising:
+    def _fail(self, *_):
+        raise RuntimeError
+
+    __eq__ = __str__ = __repr__ = __len__ = __bool__ = __iter__ = __fspath__ = _fail
+    __hash__ = object.__hash__
+
+
+STRANGE = (np.arange(2), torch.ones(2), Raising(), 10**400, 10**5000, b"auto", 0.5, ["auto"], object)
+
+
+@pytest.mark.parametrize("name", ["device", "dtype", "device_map", "verify", "quantize", "threads", "draft"])
+@pytest.mark.parametrize("value", STRANGE, ids=lambda value: type(value).__name__)
+def test_any_value_of_any_option_is_a_setting_error_that_names_it(checkpoint_dir, name, value):
+    with pytest.raises(SettingError, match=f"unknown {name} |{name} is |{name}: ") as caught:
+        load(checkpoint_dir, **{name: value})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "device_map", [True, {1: "cpu"}, {"": 10**400}, {"": None}, {"": "meta"}, {"": Raising()}, "no"]
+)
+def test_a_device_map_that_is_none_is_refused_before_anything_is_read(device_map):
+    with pytest.raises(SettingError, match=r"device_map|unknown device "):
+        load("nowhere", device_map=device_map)
+
+
+@pytest.mark.parametrize("path", [None, 5, Raising(), np.arange(2)])
+def test_a_model_that_is_no_path_is_refused(path):
+    for step in (load, locate):
+        with pytest.raises(SettingError, match=r"^model is "):
+            step(path)
+
+
+def test_files_without_recorded_checksums_are_told_once_and_not_where_nobody_asked(
+    checkpoint_dir, tmp_path, monkeypatch
+):
+    told, handler = [], logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("modelscope.dolly")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    plain = plain_hf(checkpoint_dir, tmp_path / "plain")
+    load(checkpoint_dir, device="cpu"), load(plain, device="cpu", verify=False)
+    assert not [line for line in told if "checksums" in line]
+    load(plain, device="cpu")
+    [line] = [line for line in told if "checksums" in line]
+    assert line.startswith(f"{plain}: no recorded checksums") and line.endswith(f"dolly check --write-manifest {plain}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from modelscope.models import Model
 from modelscope.msdatasets import MsDataset
@@ -243,6 +244,10 @@ def test_threads_get_the_answers_of_sequential_calls(pipe, questions):
             "eos_token_id .* give stop .*pad_token",
         ),
         (lambda pipe: pipe.stream_generate("hello", bos_token_id=1), SettingError, "bos_token_id is not a keyword"),
+        (lambda pipe: pipe("hello", batch_size=np.arange(2)), SettingError, "batch_size is array"),
+        (lambda pipe: dolly_pipeline(None), SettingError, "model is None"),
+        (lambda pipe: dolly_pipeline("a/b", model_revision=5), SettingError, "revision is 5"),
+        (lambda pipe: DollyForTextGeneration(None), SettingError, "model is None"),
         (lambda pipe: pipe(""), PromptError, "instruction is empty"),
         (lambda pipe: pipe(["good", ""]), PromptError, "instruction is empty"),
         (lambda pipe: pipe(7), PromptError, "found int"),

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from modelscope_dolly.errors import SettingError, unknown_name
+from modelscope_dolly.errors import SettingError, shown, unknown_name
 
 PEERS = ("hf", "hf-compile", "ctranslate2", "llamacpp", "vllm")
 FORMATS = ("none", "int8", "int4")
 #: Flags that choose another measurement than speed; one at a time.
 MODES = ("mixed", "quality", "cold", "lookup", "draft")
+#: Of anything that is counted on the command line.
+_MOST = 1_000_000
 #: peer=interpreter pairs, separated by commas, as with --peer-python.
 PEER_VARIABLE = "DOLLY_PEER_PYTHON"
 
@@ -116,8 +118,11 @@ def settings_of(options: argparse.Namespace) -> BenchSettings:
     if options.peers is not None:
         values["peers"] = tuple(name for name in _names("peer", options.peers, (*PEERS, "none")) if name != "none")
     for name in ("threads", "repeats", "prompt_tokens", "mixed", "slots", "records"):
-        if values[name] is not None and values[name] < 1:
-            raise SettingError(f"--{name.replace('_', '-')} is {values[name]}, it must be at least 1")
+        if values[name] is not None and not 1 <= values[name] <= _MOST:
+            found = f"--{name.replace('_', '-')} is {shown(values[name])}"
+            raise SettingError(f"{found}, it must be at least 1, and at most {_MOST:,}")
+    if not 0 <= options.seed < 2**32:
+        raise SettingError(f"--seed is {shown(options.seed)}, it must be from 0 to {2**32 - 1}")
     if options.new_tokens is None:
         values["new_tokens"] = 256 if options.mixed else 64
     if values["new_tokens"] < 2:
@@ -125,10 +130,12 @@ def settings_of(options: argparse.Namespace) -> BenchSettings:
             f"--new-tokens is {values['new_tokens']}, it must be at least 2: the first one is the prompt's"
         )
     if (longest := options.prompt_tokens + values["new_tokens"]) > 2048:
-        raise SettingError(f"--prompt-tokens and --new-tokens together are {longest}, over 2048")
+        raise SettingError(f"--prompt-tokens and --new-tokens together are {shown(longest)}, over 2048")
     for name in ("gguf", "data", "tokenizer"):
-        if values[name] is not None and not Path(values[name]).exists():
+        if values[name] is not None and not os.path.exists(values[name]):
             raise SettingError(f"--{name} {values[name]}: no such file")
+    if options.keep is not None and os.path.lexists(options.keep) and not os.path.isdir(options.keep):
+        raise SettingError(f"--keep {options.keep}: not a directory")
     values |= {"shape": None if options.model else options.shape or "3b", "batches": _sizes(options.batches)}
     values |= {"dtypes": tuple(options.dtypes.split(",")) if options.dtypes else ()}
     return BenchSettings(**{**values, "peer_python": _interpreters(options.peer_python)})
@@ -144,7 +151,7 @@ def _names(kind: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
 
 def _sizes(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    wrong = [part for part in parts if not part.isdecimal() or not 1 <= int(part) <= 1024]
+    wrong = [part for part in parts if not re.fullmatch("[0-9]{1,4}", part) or not 1 <= int(part) <= 1024]
     if wrong:
         raise SettingError(f"--batch {text!r}: {wrong[0]!r} is not a whole number from 1 to 1024")
     return tuple(dict.fromkeys(map(int, parts)))

@@ -37,7 +37,7 @@ def parse_shape(text: str) -> GPTNeoXConfig:
     """`3b`, `7b`, `12b`, or HIDDENxLAYERSxHEADS such as 1024x24x16. Raises SettingError."""
     if text in SHAPES:
         return shape_config(text)
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", text)
     if not match:
         raise SettingError(unknown_name("shape", text, (*SHAPES, "HIDDENxLAYERSxHEADS")))
     hidden, layers, heads = map(int, match.groups())

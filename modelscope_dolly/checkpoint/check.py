@@ -15,8 +15,8 @@ from modelscope_dolly.checkpoint.download import repair_hint
 from modelscope_dolly.checkpoint.reader import raise_problems, tensor_locations
 from modelscope_dolly.checkpoint.tokenizer import check_vocabulary, read_tokenizer
 from modelscope_dolly.checkpoint.weights import read_tensors, weight_files
-from modelscope_dolly.errors import CheckpointError
-from modelscope_dolly.files import read_json
+from modelscope_dolly.errors import CheckpointError, one_line, printable
+from modelscope_dolly.files import file_kind, path_of, read_json
 from modelscope_dolly.hardware import dtype_name
 from modelscope_dolly.prompt import CONTROL_KEYS
 
@@ -32,7 +32,7 @@ class Finding:
 
 def check_directory(path: str | Path) -> list[Finding]:
     """Run all checks, each as far as the others allow; reads every byte of the weights."""
-    path = Path(path)
+    path = Path(path_of("directory", path))
     findings: list[Finding] = []
 
     def attempt(subject: str, step: Callable[[], str]) -> bool:
@@ -43,8 +43,9 @@ def check_directory(path: str | Path) -> list[Finding]:
             return False
         return True
 
-    if not path.is_dir():
-        return [Finding("problem", "directory", f"{path}: no such directory")]
+    if not attempt("directory", lambda: _directory(path)):
+        return findings
+    findings.clear()
     attempt("manifest", lambda: _manifest(path))
     config_ok = attempt("config.json", lambda: _config(path))
     tokenizer_ok = attempt("tokenizer", lambda: _tokenizer(path))
@@ -58,10 +59,34 @@ def check_directory(path: str | Path) -> list[Finding]:
     return findings
 
 
+def seal_checked(path: str | Path, findings: list[Finding]) -> Finding:
+    """Write the manifest of a directory that is sound and has none; what was done, or why not.
+
+    An existing manifest is never replaced: it may be what tells a damaged file from a good one.
+    """
+    if any(finding.status == "problem" for finding in findings):
+        return Finding("problem", "write manifest", "not written: the directory has problems, see above")
+    path = Path(path_of("directory", path))
+    if manifest.read(path) is not None:
+        return Finding("ok", "write manifest", "nothing to do: there is one, and all files are as it lists them")
+    try:
+        manifest.write(path, hidden=False)
+    except OSError as error:
+        return Finding("problem", "write manifest", f"not written: {one_line(error)}")
+    return Finding("ok", "write manifest", f"written for {len(manifest.read(path) or ())} files as they are now")
+
+
+def _directory(path: Path) -> str:
+    kind = file_kind(path)
+    if kind != "directory":
+        raise CheckpointError(f"{path}: {'no such directory' if kind is None else 'not a directory'}")
+    return ""
+
+
 def _manifest(path: Path) -> str:
     entries = manifest.read(path)
     if entries is None:
-        return "none: file contents cannot be compared with what was published"
+        return "none: no recorded checksums to compare the files with; --write-manifest records them as they are"
     raise_problems(manifest.differences(path))
     return f"{len(entries)} files have the size and sha256 they were published with"
 
@@ -107,7 +132,8 @@ def _values(path: Path) -> str:
 
 def _notes(path: Path) -> list[tuple[str, str]]:
     notes = []
-    if code := sorted(file.name for file in path.rglob("*.py")):
+    # Two levels and no more: the directory may be any, with millions of files below it.
+    if code := sorted(file.name for pattern in ("*.py", "*/*.py") for file in path.glob(pattern)):
         notes.append(("code", f"{', '.join(code[:3])}: never run by this package"))
     try:
         configuration = read_json(path / "configuration.json")
@@ -124,4 +150,5 @@ def _notes(path: Path) -> list[tuple[str, str]]:
 def format_findings(findings: list[Finding]) -> str:
     """One line per finding, for people."""
     width = max(len(finding.subject) for finding in findings)
-    return "\n".join(f"{finding.status:<8} {finding.subject:<{width}}  {finding.detail}" for finding in findings)
+    lines = (f"{finding.status:<8} {finding.subject:<{width}}  {finding.detail}" for finding in findings)
+    return "\n".join(map(printable, lines))  # names in a damaged or hostile directory may hold anything

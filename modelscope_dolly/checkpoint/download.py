@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modelscope_dolly.errors import CheckpointError, one_line
+from modelscope_dolly.errors import CheckpointError, SettingError, one_line, shown
+from modelscope_dolly.files import file_kind, path_of
 
 #: Files to download: no .py, and no pickles except the weights, which are read without running any code.
 DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md", "LICENSE*"]
@@ -28,13 +29,18 @@ def locate(model: str, revision: str | None = None, patterns: Sequence[str] = DO
 
     Raises:
         CheckpointError: neither a directory nor a model that can be downloaded.
+        SettingError: `model` or `revision` is not a text.
     """
+    path = Path(path_of("model", model))
+    if revision is not None and not isinstance(revision, str):
+        raise SettingError(f"revision is {shown(revision)}, it must be the name of a tag or a branch")
+    model = os.fspath(model)
     if not model.strip():
         raise CheckpointError("the name of the model is empty; give a directory or a hub id of the form owner/name")
-    path = Path(os.path.expanduser(model))  # unlike Path.expanduser, leaves the name of an unknown user as it is
-    if path.is_dir():
+    kind = file_kind(path)
+    if kind == "directory":
         return path
-    if path.exists():
+    if kind is not None:
         raise CheckpointError(f"{model}: is a file; give the directory that holds config.json")
     if not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such directory, and not a hub id of the form owner/name either")

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from modelscope_dolly.errors import CheckpointError
-from modelscope_dolly.files import file_sha256, read_json, write_json
+from modelscope_dolly.files import file_kind, file_sha256, read_json, write_json
 
 NAME = "manifest.json"
 #: Files besides the weights that a model's answers depend on.
@@ -23,9 +23,15 @@ _MODEL_FILES = (
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def write(directory: Path) -> None:
-    """Write the manifest of all regular files below `directory`."""
-    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != NAME)
+def write(directory: Path, hidden: bool = True) -> None:
+    """Write the manifest of all regular files below `directory`; without `hidden` only of those whose path has no name
+    that begins with a dot, where download clients keep notes of their own."""
+
+    def listed(path: Path) -> bool:
+        names = path.relative_to(directory).parts
+        return path.name != NAME and (hidden or not any(name.startswith(".") for name in names)) and path.is_file()
+
+    paths = sorted(path for path in directory.rglob("*") if listed(path))
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_sha256, paths))
     files = {
@@ -42,7 +48,7 @@ def read(directory: Path) -> dict[str, dict] | None:
         CheckpointError: the manifest itself is damaged.
     """
     path = directory / NAME
-    if not path.exists():
+    if file_kind(path) is None:
         return None
     try:
         files = read_json(path)["files"]
@@ -100,6 +106,8 @@ def _difference(path: Path, entry: dict | None) -> str | None:
     if entry is None:
         return f"{path}: not listed in {NAME}, no recorded checksum"
     try:
+        if file_kind(path) == "other":
+            return f"{path}: not a regular file, expected {entry['size']} bytes"
         size = path.stat().st_size
         if size != entry["size"]:
             return f"{path}: {size} bytes, expected {entry['size']}"
@@ -108,6 +116,8 @@ def _difference(path: Path, entry: dict | None) -> str | None:
         return f"{path}: missing, expected {entry['size']} bytes"
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror}"
+    except CheckpointError as error:
+        return str(error)
     if digest != entry["sha256"]:
         return f"{path}: sha256 {digest[:12]}..., expected {entry['sha256'][:12]}...: its content changed"
     return None

@@ -18,8 +18,8 @@ from modelscope_dolly.checkpoint.reader import open_checkpoint
 from modelscope_dolly.checkpoint.weights import read_tensors, write_tensors
 from modelscope_dolly.checkpoint.writer import seal_directory, write_side_files
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
-from modelscope_dolly.errors import SettingError
-from modelscope_dolly.files import check_disk, new_directory, read_json, write_json
+from modelscope_dolly.errors import CheckpointError, SettingError, one_line
+from modelscope_dolly.files import check_disk, new_directory, path_of, read_json, write_json
 from modelscope_dolly.kernels.quantized_linear import is_linear, parse_quantize, stored_tensors
 
 
@@ -27,11 +27,11 @@ def quantize_checkpoint(source: str | Path, target: str | Path, method: str = "i
     """Write `target`, a quantised copy of the directory `source`; takes memory for two tensors and one shard of 1 GiB.
 
     Raises:
-        CheckpointError: `source` is damaged, or `target` exists.
+        CheckpointError: `source` is damaged, or `target` exists or cannot be written.
         SettingError: unknown method, or `source` is quantised already.
         HardwareError: the disk is too small.
     """
-    method, target = parse_quantize(method), Path(target)
+    method, target = parse_quantize(method), Path(path_of("target", target))
     if method is None:
         raise SettingError("the copy would not be quantised; give int8 or int4")
     checkpoint = open_checkpoint(source)
@@ -39,13 +39,16 @@ def quantize_checkpoint(source: str | Path, target: str | Path, method: str = "i
         raise SettingError(f"{source}: is quantised to {checkpoint.quantization} already; give the original")
     shapes = parameter_shapes(checkpoint.config)
     check_disk(target, weight_bytes(checkpoint.config, 4, method), "the quantised copy")
-    with new_directory(target) as directory:
-        write_tensors(directory, _quantized(read_tensors(checkpoint.tensors), method, len(shapes)))
-        config = read_json(checkpoint.path / "config.json")
-        write_json(directory / "config.json", config | quantization_entry(method))
-        checkpoint.tokenizer.tokenizer.save_pretrained(directory)
-        write_side_files(directory, checkpoint.tokenizer)
-        seal_directory(directory)
+    try:
+        with new_directory(target) as directory:
+            write_tensors(directory, _quantized(read_tensors(checkpoint.tensors), method, len(shapes)))
+            config = read_json(checkpoint.path / "config.json")
+            write_json(directory / "config.json", config | quantization_entry(method))
+            checkpoint.tokenizer.tokenizer.save_pretrained(directory)
+            write_side_files(directory, checkpoint.tokenizer)
+            seal_directory(directory)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({one_line(error)})") from None
     return target
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +16,14 @@ from modelscope_dolly.checkpoint.tokenizer import check_vocabulary, read_tokeniz
 from modelscope_dolly.checkpoint.weights import TensorLocations, locate_tensors, weight_files
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.errors import CheckpointError
+from modelscope_dolly.files import file_kind, path_of
 from modelscope_dolly.kernels.quantized_linear import stored_shapes
 from modelscope_dolly.prompt import DollyTokenizer
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
+
+log = logging.getLogger("modelscope.dolly")
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,11 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: names the file, what was found, what was expected, and the command that repairs it.
     """
-    path = Path(path)
+    path = Path(path_of("model", path))
     try:
-        if not path.is_dir():
-            problem = "is a file; give the directory that holds config.json" if path.exists() else "no such directory"
+        kind = file_kind(path)
+        if kind != "directory":
+            problem = "is a file; give the directory that holds config.json" if kind else "no such directory"
             raise CheckpointError(f"{path}: {problem}")
         config = read_config(path)
         files = weight_files(path)
@@ -66,6 +72,11 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
         tensors = tensor_locations(path, config)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {repair_hint(path)}") from error.__cause__
+    if verify and file_kind(path / manifest.NAME) is None:
+        log.warning(
+            "%s: no recorded checksums (%s), so a changed weight cannot be noticed; to record those of files that you "
+            "trust: dolly check --write-manifest %s", path, manifest.NAME, shlex.quote(str(path)),
+        )  # fmt: skip
     return Checkpoint(path, config, tokenizer, tensors, read_quantization(path))
 
 
@@ -86,4 +97,4 @@ def raise_problems(problems: list[str]) -> None:
 
 def _side_files(path: Path) -> list[str]:
     names = ("config.json", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
-    return [name for name in names if (path / name).exists()] + [p.name for p in sorted(path.glob("*.index.json"))]
+    return [name for name in names if file_kind(path / name)] + [p.name for p in sorted(path.glob("*.index.json"))]

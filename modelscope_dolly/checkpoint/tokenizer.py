@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelscope_dolly.errors import CheckpointError, one_line
-from modelscope_dolly.files import read_json
+from modelscope_dolly.files import file_kind, read_file, read_json
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
 
 if TYPE_CHECKING:
@@ -25,13 +25,12 @@ def read_tokenizer(path: Path, add_keys: bool = False) -> DollyTokenizer:
         CheckpointError: no usable tokenizer, or one without the keys.
     """
     file = path / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing")
+    content = read_file(file)
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     try:
-        backend = Tokenizer.from_file(str(file))
+        backend = Tokenizer.from_buffer(content)
         wanted = [token for token in _named_special_tokens(path) if token in CONTROL_KEYS]
         wanted += CONTROL_KEYS if add_keys else ()
         present = [token for token in CONTROL_KEYS if backend.token_to_id(token) is not None]
@@ -50,7 +49,7 @@ def read_tokenizer(path: Path, add_keys: bool = False) -> DollyTokenizer:
 
 def _named_special_tokens(path: Path) -> Iterator[str]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (path / name).exists():
+        if file_kind(path / name):
             tokens = read_json(path / name).get("additional_special_tokens") or []
             for token in tokens if isinstance(tokens, list) else []:
                 text = token.get("content") if isinstance(token, dict) else token

@@ -7,12 +7,13 @@ whole or sharded, with buffers that later versions dropped). Pickles are read by
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelscope_dolly.errors import CheckpointError, one_line
-from modelscope_dolly.files import read_json, write_json
+from modelscope_dolly.files import file_kind, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -36,18 +37,18 @@ def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights, safetensors first. Raises CheckpointError when one is missing."""
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = path / f"{stem}.{ending}.index.json"
-        if index.exists():
+        if file_kind(index):
             table = read_json(index).get("weight_map")
             if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
                 raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
             names = sorted(set(table.values()))
             if any(Path(name).name != name or name == ".." for name in names):
                 raise CheckpointError(f"{index}: weight_map names a file outside the directory")
-            missing = [name for name in names if not (path / name).is_file()]
+            missing = [name for name in names if file_kind(path / name) != "file"]
             if missing:
                 raise CheckpointError(f"{path / missing[0]}: missing, {index.name} lists {len(names)} files")
             return [path / name for name in names]
-        if (path / f"{stem}.{ending}").is_file():
+        if file_kind(path / f"{stem}.{ending}") == "file":
             return [path / f"{stem}.{ending}"]
     raise CheckpointError(
         f"{path}: no weights: expected model.safetensors, model.safetensors.index.json with its shards, or "
@@ -80,6 +81,9 @@ class WeightFile:
     def _open_pickle(self) -> None:
         import torch
 
+        with zipfile.ZipFile(self.path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed, as torch.save never does: it could be of any size in memory")
         # weights_only: an unpickler that knows tensors and plain containers and calls nothing else.
         # mmap: the tensors point into the file, so the host never holds a second copy.
         tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
@@ -175,7 +179,11 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
     """Write named tensors as safetensors while they arrive: one file, or several of about 1 GiB with an index.
 
     Memory: one file and one tensor.
+
+    Raises:
+        CheckpointError: the disk does not take them.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     files: list[list[str]] = []
@@ -184,7 +192,11 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
 
     def write() -> None:
         files.append(list(shard))
-        save_file(shard, directory / f"model-{len(files):05}.safetensors", metadata={"format": "pt"})
+        path = directory / f"model-{len(files):05}.safetensors"
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:  # a full disk, above all
+            raise CheckpointError(f"{path}: cannot be written ({one_line(error)})") from None
         shard.clear()
 
     for name, tensor in tensors:

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 import json
 import secrets
-import sys
 from typing import TYPE_CHECKING
 
 from modelscope_dolly.cli.options import add_generation_options, add_model_options, load_model
+from modelscope_dolly.cli.streams import read_text
 from modelscope_dolly.errors import SettingError
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.instruction == "-" and options.context == "-":
         raise SettingError("only one of the instruction and --context can come from standard input (-)")
-    record = {"instruction": _read(options.instruction) if options.instruction == "-" else options.instruction}
+    record = {"instruction": read_text("-") if options.instruction == "-" else options.instruction}
     if options.context is not None:
-        record["context"] = _read(options.context)
+        record["context"] = read_text(options.context)
     from modelscope_dolly.generation import parse_input
 
     parse_input(record)  # before the minute a large model takes to load
@@ -62,17 +62,3 @@ def print_answer(dolly: Dolly, record: dict | str, settings: GenerationSettings,
         "dtype": dtype_name(dolly.dtype),
     }
     print(json.dumps(facts, ensure_ascii=False) if as_json else "", flush=True)
-
-
-def _read(name: str) -> str:
-    """Text of a file or of standard input (-), without the newline at its end."""
-    try:
-        if name == "-":
-            return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
-        with open(name, encoding="utf-8") as file:
-            return file.read().rstrip("\n")
-    except OSError as error:
-        raise SettingError(f"{name}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        source = "standard input" if name == "-" else name
-        raise SettingError(f"{source}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start})") from None

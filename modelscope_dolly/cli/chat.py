@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from modelscope_dolly.cli.ask import print_answer
 from modelscope_dolly.cli.options import add_generation_options, add_model_options, load_model
-from modelscope_dolly.errors import DollyError
+from modelscope_dolly.cli.streams import complain, read_lines
+from modelscope_dolly.errors import DollyError, SettingError
 
 SUMMARY = "answer one instruction after another, each on its own"
 
@@ -19,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if sys.stdin is None:
+        raise SettingError("standard input is closed: nobody can ask")
     dolly, settings = load_model(options)
     interactive = sys.stdin.isatty()
     if interactive:
@@ -39,17 +42,22 @@ def run(options: argparse.Namespace) -> int:
         except DollyError as error:
             if not interactive:
                 raise
-            print(f"dolly: {error}", file=sys.stderr)
+            complain(str(error))
     return 0
 
 
 def _lines(interactive: bool) -> Iterator[str]:
-    while True:
-        try:
-            line = input("> ") if interactive else next(sys.stdin)
-        except (EOFError, StopIteration):
-            if interactive:
-                print()
-            return
+    for line in _typed() if interactive else read_lines():
         if line.strip():
             yield line.strip()
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+        except UnicodeDecodeError as error:  # of a terminal with another encoding than this process
+            complain(f"not {error.encoding}: type the line again")

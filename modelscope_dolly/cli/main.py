@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from modelscope_dolly import __version__
-from modelscope_dolly.cli import ask, bench, chat, check, eval, export, plan, quantize
+from modelscope_dolly.cli import ask, bench, chat, check, eval, export, plan, quantize, streams
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import DollyError, SettingError
 
@@ -24,17 +24,16 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    if sys.stdout.encoding.lower() != "utf-8":
-        sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that this terminal cannot show
     parser = UsageParser(prog="dolly", description="dolly-v2, an instruction-following model.")
     parser.add_argument("--version", action="version", version=f"modelscope-dolly {__version__}")
     add_commands(parser, UsageParser)
-    try:
-        options = parser.parse_args(arguments)
-    except SettingError as error:
-        print(f"dolly: {error}", file=sys.stderr)
-        return 2
-    return run(options)
+
+    def command() -> int:
+        if any("\0" in argument for argument in arguments or ()):
+            raise SettingError("an argument holds a NUL character")
+        return _run(parser.parse_args(arguments))
+
+    return exit_code(command)
 
 
 def add_commands(parser: argparse.ArgumentParser, parser_class: type[UsageParser]) -> None:
@@ -49,23 +48,46 @@ def add_commands(parser: argparse.ArgumentParser, parser_class: type[UsageParser
         command.set_defaults(dolly_run=module.run)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run a parsed command and turn what goes wrong into an exit code."""
+def _run(options: argparse.Namespace) -> int:
+    if not options.verbose:
+        logging.getLogger("modelscope.dolly").setLevel(logging.WARNING)
+    return options.dolly_run(options)
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command with streams that may be closed or full, and turn what goes wrong into an exit code."""
+
+    def prepared() -> int:
+        streams.prepare()
+        return command()
+
     try:
-        if not options.verbose:
-            logging.getLogger("modelscope.dolly").setLevel(logging.WARNING)
-        code = options.dolly_run(options)
-        sys.stdout.flush()
-        return code
+        code = _caught(prepared)
+    except SystemExit:  # of --help and --version, which have printed
+        if flushed := _caught(streams.flush):
+            raise SystemExit(flushed) from None
+        raise
+    flushed = _caught(streams.flush)
+    return code or flushed
+
+
+def _caught(step: Callable[[], int]) -> int:
+    try:
+        return step()
     except DollyError as error:
-        print(f"dolly: {error}", file=sys.stderr)
+        streams.complain(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader is gone (`dolly ask ... | head`). Python would complain again when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader is gone (`dolly ask ... | head`)
+        streams.give_up(sys.stdout)
         return 141
+    except MemoryError:
+        streams.complain("not enough memory; see: dolly plan")
+        return 2
+    except OSError as error:  # of a file or stream that no command expected to fail: a full disk, for instance
+        streams.complain(streams.describe(error))
+        return 2
 
 
 class ModelScopeCommand:
@@ -87,7 +109,7 @@ class ModelScopeCommand:
         parser.set_defaults(_command=cls)
 
     def execute(self) -> None:
-        sys.exit(run(self.options))
+        sys.exit(exit_code(lambda: _run(self.options)))
 
 
 class _ExitingParser(UsageParser):

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from modelscope_dolly.errors import SettingError, unknown_name
+from modelscope_dolly.errors import SettingError, one_line, unknown_name
 
 
 class UsageParser(argparse.ArgumentParser):
@@ -26,4 +26,4 @@ class UsageParser(argparse.ArgumentParser):
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
-        raise SettingError(f"{message}; see {self.prog} --help")
+        raise SettingError(f"{one_line(message)}; see {self.prog} --help")

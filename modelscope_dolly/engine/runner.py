@@ -161,7 +161,8 @@ def _drawn(sequence: Sequence, ids: list[int]) -> Iterator[int]:
 def check_finite(finite: bool, logits: torch.Tensor, device: torch.device) -> None:
     """Raises HardwareError for logits that are infinite or no numbers."""
     if not finite:
+        wider = {torch.float16: "dtype='bf16' or 'fp32'", torch.bfloat16: "dtype='fp32'"}.get(logits.dtype)
         raise HardwareError(
             f"the network's output is not finite in {dtype_name(logits.dtype)} on {device}: the weights are damaged "
-            "(dolly check) or overflow in this type; use dtype='bf16' or 'fp32'"
+            f"(dolly check){f' or overflow in this type; use {wider}' if wider else ''}"
         )

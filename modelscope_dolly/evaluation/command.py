@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from modelscope_dolly.errors import SettingError
+from modelscope_dolly.files import path_of
 
 
 def add_options(parser: argparse.ArgumentParser, variable: str) -> None:
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace, model: str | None) -> int:
     # --tasks takes spaces or commas between names; each counts once, in the card's order, unknown ones first
     names = {name for part in options.tasks or TASK_NAMES for name in part.split(",") if name}
     tasks = tuple(sorted(names, key=lambda name: TASK_NAMES.index(name) if name in TASK_NAMES else -1))
-    data = None if options.data is None else Path(options.data).expanduser()
+    data = None if options.data is None else Path(path_of("--data", options.data))
     if options.verify_data:
         return _verify_data(tasks, data, options.json)
     if not model:
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace, model: str | None) -> int:
     from modelscope_dolly.evaluation.evaluate import EvalSettings, evaluate
 
     values = {name: getattr(options, name) for name in EvalSettings.__dataclass_fields__}
-    values |= {"model": model, "tasks": tasks, "data": data, "output": Path(options.output)}
+    values |= {"model": model, "tasks": tasks, "data": data, "output": Path(path_of("--output", options.output))}
     settings = EvalSettings(**values)
     run = evaluate(settings)[0].run
     return tables.print_results(run, settings.output, reference, bool(options.check_against), options.json)

@@ -5,6 +5,7 @@ Tasks run one by one, so that each has the batch size that suits it, and its res
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from modelscope_dolly.errors import HardwareError, SettingError, unknown_name
+from modelscope_dolly.errors import HardwareError, SettingError, shown, unknown_name
 from modelscope_dolly.evaluation import store
 from modelscope_dolly.evaluation.lm_eval_adapter import (
     CardLM,
@@ -31,6 +32,7 @@ from modelscope_dolly.evaluation.published import TASK_BY_NAME, TASK_NAMES
 from modelscope_dolly.evaluation.shared_prefix import MODEL_TYPES
 from modelscope_dolly.evaluation.store import RunIdentity, TaskResult
 from modelscope_dolly.evaluation.task_data import is_exact
+from modelscope_dolly.files import file_kind
 from modelscope_dolly.hardware import DTYPES, dtype_name, parse_dtype
 from modelscope_dolly.prompt import DollyTokenizer
 
@@ -59,9 +61,9 @@ class EvalSettings:
         """Raises SettingError for the first value that cannot be."""
         check_tasks(self.tasks)
         if self.limit is not None and self.limit < 1:
-            raise SettingError(f"--limit is {self.limit}, it must be at least 1")
-        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
-            raise SettingError(f"--batch-size is {self.batch_size!r}, it must be auto or a number from 1")
+            raise SettingError(f"--limit is {shown(self.limit)}, it must be at least 1")
+        if self.batch_size != "auto" and not re.fullmatch(r"[1-9][0-9]{0,8}", self.batch_size):
+            raise SettingError(f"--batch-size is {shown(self.batch_size)}, it must be auto or a number from 1")
         for name, value, allowed in (
             ("template", self.template, TEMPLATES),
             ("scorer", self.scorer, SCORERS),
@@ -69,7 +71,7 @@ class EvalSettings:
         ):
             if value not in allowed:
                 raise SettingError(unknown_name(name, value, allowed))
-        if self.output.exists() and not self.output.is_dir():
+        if file_kind(self.output) not in (None, "directory"):
             raise SettingError(f"{self.output}: is a file; --output takes a directory")
 
 
@@ -182,7 +184,7 @@ def verify(tasks: Sequence[str], data: Path | None) -> list[dict]:
     check_tasks(tasks)
     findings = []
     for name in tasks:
-        if data is not None and not (data / f"{name}.jsonl").is_file():
+        if data is not None and file_kind(data / f"{name}.jsonl") != "file":
             findings.append({"task": name, "file": f"{name}.jsonl", "documents": 0, "exact": False, "note": "missing"})
         else:
             findings.append(_verify(name, data))

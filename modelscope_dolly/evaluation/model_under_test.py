@@ -15,7 +15,7 @@ from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.checkpoint.download import DEFAULT_REVISION, locate, repair_hint
 from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.errors import CheckpointError, HardwareError, one_line
-from modelscope_dolly.files import gigabytes, read_json
+from modelscope_dolly.files import file_kind, gigabytes, path_of, read_json
 from modelscope_dolly.hardware import choose_device, choose_dtype, dtype_name, free_memory
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def find_model(name: str, revision: str | None, device: str | None, dtype: str |
             f"{name}: {parameters / 1e9:.2f} billion weights need {gigabytes(need)} on {target} in "
             f"{dtype_name(number_type)}, {gigabytes(free)} are free; use --dtype bf16, or another device"
         )
-    if Path(name).expanduser().is_dir():
+    if file_kind(path_of("model", name)) == "directory":
         name, revision = path.resolve().name, None
     else:
         revision = revision or DEFAULT_REVISION

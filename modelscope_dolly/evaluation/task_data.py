@@ -16,7 +16,7 @@ from typing import Any
 
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.evaluation.published import TASK_BY_NAME
-from modelscope_dolly.files import read_json_lines
+from modelscope_dolly.files import file_kind, read_json_lines
 
 DataRow = dict[str, Any]
 #: (name of a column, the row) -> what is wrong with its value, or None.
@@ -76,10 +76,10 @@ _COLUMNS["arc_challenge"] = _COLUMNS["arc_easy"]
 
 def data_file(directory: Path, task: str) -> Path:
     """The file of a task. Raises SettingError when it is not there."""
-    if not directory.is_dir():
+    if file_kind(directory) != "directory":
         raise SettingError(f"{directory}: no such directory; --data takes the one that holds {task}.jsonl")
     path = directory / f"{task}.jsonl"
-    if not path.is_file():
+    if file_kind(path) != "file":
         there = ", ".join(sorted(file.name for file in directory.glob("*.jsonl"))) or "no .jsonl file"
         raise SettingError(
             f"{path}: missing; the directory has {there}. Leave {task} out with --tasks, or add the file"

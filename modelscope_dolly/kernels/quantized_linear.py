@@ -49,10 +49,10 @@ def is_linear(name: str, shape: Sequence[int]) -> bool:
 
 def parse_quantize(name: str | None) -> str | None:
     """`int8`, `int4`, or None for None and "none". Raises SettingError."""
-    if name is None or name == "none":
+    if name is None or (isinstance(name, str) and name == "none"):
         return None
-    if name not in METHODS:
-        raise SettingError(unknown_name("quantize", str(name), ("none", *METHODS)))
+    if not isinstance(name, str) or name not in METHODS:
+        raise SettingError(unknown_name("quantize", name, ("none", *METHODS)))
     return name
 
 

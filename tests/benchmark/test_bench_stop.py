@@ -20,6 +20,7 @@ from modelscope_dolly.cli import main
 from modelscope_dolly.cli.bench import interrupt_once
 from modelscope_dolly.errors import HardwareError
 from tests.support.models import TINY
+from tests.support.signals import interruptible
 
 DOLLY = [sys.executable, "-m", "modelscope_dolly.cli", "bench", "--dtype", "fp32", "--threads", "1"]
 SMALL = ["--prompt-tokens", "8", "--new-tokens", "4", "--shape", TINY]
@@ -32,7 +33,8 @@ class Running:
         self.place, (self.terminal, theirs) = place, pty.openpty()
         environment = {**os.environ, "TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*DOLLY, *arguments], stdout=subprocess.PIPE, stderr=theirs, env=environment, start_new_session=True
+            [*DOLLY, *arguments], stdout=subprocess.PIPE, stderr=theirs, env=environment, start_new_session=True,
+            preexec_fn=interruptible,
         )  # fmt: skip
         os.close(theirs)
         self.said = b""
@@ -143,7 +145,15 @@ def test_a_child_and_its_children_end_when_nobody_holds_their_input():
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_the_first_signal_counts_and_the_next_do_not_disturb():
+@pytest.fixture
+def not_ignored():
+    """A background job of a script starts with SIGINT ignored, and interrupt_once leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_counts_and_the_next_do_not_disturb(not_ignored):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with interrupt_once() as received:
         with pytest.raises(KeyboardInterrupt):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -275,3 +278,21 @@ def test_bfloat16_is_packed_only_where_the_processor_lacks_it(checkpoint_dir, mo
     for lacks, kind in ((True, BF16Linear), (False, torch.nn.Linear)):
         monkeypatch.setattr(loading, "cpu_computes_bf16", lambda lacks=lacks: not lacks)
         assert isinstance(load(checkpoint_dir, device="cpu", dtype="bf16").net.embed_out, kind)
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(checkpoint_dir, tmp_path):
+    """By the limit on the size of a file, which ends a write as a full disk does."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [sys.executable, "-m", "modelscope_dolly.cli", "quantize", str(checkpoint_dir), str(tmp_path / "small")]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    [line] = done.stderr.splitlines()
+    assert line.startswith("dolly: ") and "cannot be written (" in line
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_ours(checkpoint_dir):
+    with pytest.raises(CheckpointError, match=r"/dev/null/x: cannot be written"):
+        quantize_checkpoint(checkpoint_dir, "/dev/null/x")

@@ -200,7 +200,7 @@ INDEX_DAMAGES = {
     "index with a list": (lambda d: layouts.edit_json(d / INDEX, weight_map=[SHARD]), (INDEX, "weight_map")),
     "index with numbers": (lambda d: layouts.edit_json(d / INDEX, weight_map={"a": 1}), (INDEX, "weight_map")),
     "index naming nothing": (lambda d: layouts.edit_json(d / INDEX, weight_map={"a": ""}), (INDEX,)),
-    "index naming NUL": (lambda d: layouts.edit_json(d / INDEX, weight_map={"a": "\0"}), ("missing",)),
+    "index naming NUL": (lambda d: layouts.edit_json(d / INDEX, weight_map={"a": "\0"}), ("no file can be called so",)),
     "index naming a file above": (
         lambda d: layouts.edit_json(d / INDEX, weight_map={"a": "../secret.safetensors"}),
         (INDEX, "outside the directory"),

@@ -14,6 +14,7 @@ import pytest
 
 from modelscope_dolly.cli import main
 from modelscope_dolly.generation import GenerationSettings
+from tests.support.signals import interruptible
 
 DOLLY = [sys.executable, "-m", "modelscope_dolly.cli"]
 
@@ -135,6 +136,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model, command):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=interruptible,
     )
     process.stdin.write(b"Name a colour.\n")
     process.stdin.close()

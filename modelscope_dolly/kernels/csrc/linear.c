@@ -28,6 +28,7 @@ enum { NOTHING, GELU };     /* what is done to an output before it is stored */
 #define GROUP 128              /* inputs that share one scale in int4 */
 #define CHUNK_BYTES (2 << 20)  /* rows worked on between two readings of the weights: what a core's caches hold */
 #define AHEAD 2048             /* bytes to fetch ahead in each stream of weights */
+#define NOT_FINITE 0x7f800000 /* bits of infinity; those of NaN are larger */
 #define SMALLEST 1e-30f        /* a row without a larger value counts as zero: 127 / max would overflow */
 
 /* One call of dolly_linear. */
@@ -99,6 +100,7 @@ static AVX512 float quantise_row_512(const void *x, int bf16, int64_t from, int6
         largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(value), positive));
     }
     int32_t bits = _mm512_reduce_max_epi32(largest);
+    if (bits >= NOT_FINITE) k = 0; /* the factor says it; the numbers themselves have no whole number to become */
     float top;
     memcpy(&top, &bits, 4);
     float inverse = top > SMALLEST ? 127.0f / top : 0.0f;
@@ -117,7 +119,7 @@ static AVX512 float quantise_row_512(const void *x, int bf16, int64_t from, int6
             sum = _mm512_setzero_si512();
         }
     }
-    return bits >= 0x7f800000 ? widen(0x7fc0) : top > SMALLEST ? top / 127.0f : 0.0f;
+    return bits >= NOT_FINITE ? widen(0x7fc0) : top > SMALLEST ? top / 127.0f : 0.0f;
 }
 
 /* From sums [rows][blocks][16] to outputs. Apart from the tiles, so that the compiler keeps their sums in registers. */
@@ -291,6 +293,7 @@ static AVX2 float quantise_row_256(const void *x, int bf16, int64_t from, int64_
     int32_t lanes[4], bits = 0;
     memcpy(lanes, &largest, 16);
     for (int i = 0; i < 4; i++) bits = lanes[i] > bits ? lanes[i] : bits;
+    if (bits >= NOT_FINITE) k = 0;
     float top;
     memcpy(&top, &bits, 4);
     float inverse = top > SMALLEST ? 127.0f / top : 0.0f;
@@ -309,7 +312,7 @@ static AVX2 float quantise_row_256(const void *x, int bf16, int64_t from, int64_
             sum = 0;
         }
     }
-    return bits >= 0x7f800000 ? widen(0x7fc0) : top > SMALLEST ? top / 127.0f : 0.0f;
+    return bits >= NOT_FINITE ? widen(0x7fc0) : top > SMALLEST ? top / 127.0f : 0.0f;
 }
 
 /* As finish_512; sums [rows][2][8]. */

@@ -24,6 +24,7 @@ from tests.support.layouts import shard
 from tests.support.loopback_http import Fault
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.models import random_model
+from tests.support.signals import interruptible
 from tests.support.training_runs import ROOT
 from train.publish import main
 from train.publishing import hub_client, staging
@@ -272,7 +273,9 @@ def in_the_middle_of_a_blob(large: Path, home: Path, with_signal: int) -> tuple[
         command = [sys.executable, "-m", "train.publish", str(large), "--model-id", ID, "--revision", TAG]
         environment = {**server.environ(home, token=server.token), "OMP_NUM_THREADS": "1"}
         options = {"cwd": ROOT, "env": environment, "text": True}
-        first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        first = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=interruptible, **options
+        )
         assert arrived.wait(60), first.communicate()
         os.kill(first.pid, with_signal)
         out, err = first.communicate(timeout=30)
