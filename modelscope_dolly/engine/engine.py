@@ -67,10 +67,10 @@ class Call(Group):
         """Cancel what goes on."""
         if self._open:
             self._open = 0
-            self.cancel()
-            self._engine._tidy()
+            self._engine._cancel(self)
 
-    def cancel(self) -> None:
+    def end(self) -> None:
+        """For whoever takes a turn: between two steps, or a step would overwrite it."""
         for sequence in self.sequences:
             sequence.finish_reason = sequence.finish_reason or "cancelled"
 
@@ -135,22 +135,34 @@ class Engine:
         return call
 
     def _turn(self, call: Call) -> None:
-        """Take a step, unless another caller's turn has made a token for `call`."""
+        """Wait until somebody's turn has made a token for `call`, or take a turn."""
         state = self._state
-        with state.lock:
-            if not call.ready:
-                state.turn(self)
+        with state.changed:
+            state.changed.wait_for(lambda: call.ready or not state.busy)
+            if call.ready:
+                return
+            state.busy = True
+        try:
+            state.turn(self)
+        finally:
+            state.end_turn()
 
-    def _tidy(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        """Let go of what was cancelled, unless somebody else's turn does so."""
+    def _cancel(self, call: Call, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Let go of a call; if somebody takes a turn now, the next one does it."""
         if finalizing():  # an argument, because names of modules are gone by then
             return
         state = self._state
-        if state is not None and state.process == os.getpid() and state.lock.acquire(blocking=False):
-            try:
-                state.take()
-            finally:
-                state.lock.release()
+        if state is None or state.process != os.getpid():
+            return
+        state.cancelled.append(call)
+        with state.changed:
+            if state.busy:
+                return
+            state.busy = True
+        try:
+            state.take()
+        finally:
+            state.end_turn()
 
     def _check(self, request: Request) -> None:
         if not request.ids or request.max_new_tokens < 1 or request.length > self.window:
@@ -168,14 +180,19 @@ class _State:
     """What the turns of an engine work on, in one process.
 
     Attributes:
-        lock: held by the caller whose turn it is.
+        changed: told when a turn has ended. A lock alone would not do: who has just released one often takes it again
+            before those who wait have woken up.
+        busy: whether somebody takes a turn.
         submitted: calls that the scheduler does not know yet.
+        cancelled: calls that it is to forget.
     """
 
     def __init__(self, engine: Engine):
         self.process = os.getpid()
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
+        self.busy = False
         self.submitted: deque[Call] = deque()
+        self.cancelled: deque[Call] = deque()
         self.runner = Runner(engine.net, engine.device, engine.timer, engine.capture)
         speculation = engine.speculation(self.runner) if engine.speculation else None
         chunk = CHUNK_ON_CPU if engine.device.type == "cpu" else PREFILL_TOKENS
@@ -196,6 +213,11 @@ class _State:
         if self.scheduler.idle and not self.submitted:
             self.runner.forget()
 
+    def end_turn(self) -> None:
+        with self.changed:
+            self.busy = False
+            self.changed.notify_all()
+
     def take(self) -> None:
         """Read what callers have said since the last turn."""
         while self.submitted:
@@ -203,6 +225,8 @@ class _State:
             self.scheduler.slots = max(self.scheduler.slots, min(call.limit, len(call.sequences)))
             for sequence in call.sequences:
                 self.scheduler.add(sequence)
+        while self.cancelled:
+            self.cancelled.popleft().end()
         self._release()
         if self.scheduler.idle:
             self.runner.forget()
@@ -221,7 +245,7 @@ class _State:
         sampled, steps = self.runner.run(batch)
         for sequence, item in self.scheduler.postprocess(batch, sampled, steps):
             if isinstance(item, Exception):
-                sequence.group.cancel()
+                sequence.group.end()
             sequence.group.ready.append(item)
         self._release()
 
@@ -233,7 +257,7 @@ class _State:
         """Every caller whose requests run gets the error; those that wait go on."""
         running = self.scheduler.running or list(self.scheduler.waiting)[:1]
         for call in {sequence.group for sequence in running}:
-            call.cancel()
+            call.end()
             call.ready.append(copy.copy(error))  # each caller's thread adds its own traceback
         list(self.scheduler.release())
         self.runner.reset()

@@ -200,6 +200,21 @@ def test_a_request_without_memory_for_its_keys_is_an_error_and_others_go_on(orac
     assert 2 * 64 < max(sizes) <= 600
 
 
+def test_a_stream_gets_its_tokens_while_another_thread_takes_the_turns(engine):
+    """Not all of them at the end, when the other is done."""
+    moments: dict[str, list[int]] = {"long": [], "short": []}
+    count = iter(range(10**6))
+    started = threading.Barrier(2)
+
+    def read(name: str, new: int) -> None:
+        started.wait()
+        for _ in engine.run([Request(random_ids(5, new), new, GREEDY)]):
+            moments[name].append(next(count))
+
+    in_threads(lambda: read("long", 400), lambda: read("short", 40))
+    assert max(moments["short"]) < max(moments["long"]) - 200
+
+
 def test_statistics_are_those_of_the_caller(engine, requests):
     stats = RunStats()
     in_threads(lambda: list(engine.run(requests[:5], 2, stats)), lambda: engine.generate(requests[5:], 4))
