@@ -111,7 +111,8 @@ class Hardware:
         if first == "CPU":
             return cls("CPU", 0, 0, sizes["HOST"], sizes["DISK"], False)
         count, name = re.fullmatch(r"(?:([0-9]{1,5})X)?(.*)", first).groups()
-        nominal = re.fullmatch(r".+-([0-9]{1,6})G", name)
+        # Not a count that the line above did not take: too many digits, or digits of another script.
+        nominal = re.fullmatch(r"(?![0-9]+X)[A-Z0-9][A-Z0-9._-]{0,39}-([0-9]{1,6})G", name)
         if nominal is None or int(nominal[1]) <= 2 * RESERVE or (count and int(count) == 0):
             raise SettingError(
                 f"hardware {shown(text)}: {unknown_name('GPU', name[:80], (*CARDS, 'NxNAME-NNG', 'cpu'))}"
