@@ -247,14 +247,20 @@ def examples(target: Callable[[st.DataObject], None], count: int, seed: int) -> 
     run()
 
 
-def main(seconds: float, seed: int) -> None:
-    """Fuzz for about so many seconds; the first failure ends it."""
-    end = time.monotonic() + seconds
+#: Cases of a target before the next one.
+ROUND = 50
+
+
+def main(seconds: float, seed: int) -> int:
+    """Fuzz for about so many seconds; returns the number of cases. The first failure ends it."""
+    end, cases = time.monotonic() + seconds, 0
     for number, target in zip(itertools.count(seed), itertools.cycle(TARGETS)):
         if time.monotonic() >= end:
             break
         print(f"{target.__name__}, seed {number}", flush=True)
-        examples(target, 50, number)
+        examples(target, ROUND, number)
+        cases += ROUND
+    return cases
 
 
 if __name__ == "__main__":
