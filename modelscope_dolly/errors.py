@@ -50,10 +50,9 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> str:
 def shown(value: object, length: int = 200) -> str:
     """`repr` of what a user gave, on one line of at most `length` characters; the type of what has no `repr`."""
     try:
-        text = " ".join(repr(value).split())
+        return one_line(repr(value), length)
     except Exception:  # whatever a strange object raises; also a number of more than 4,300 digits
         return f"<{type(value).__name__}>"
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def printable(text: str) -> str:

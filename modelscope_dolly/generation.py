@@ -242,7 +242,7 @@ class TextGenerator:
                 streams.append(stream)
                 proposer = self._prompt_lookup if lookup else None
                 requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, stream.push, proposer))
-        shown = [""] * len(requests)
+        texts = [""] * len(requests)
         counts = [0] * len(requests)
         for token in self.engine.run(requests, slots):
             stream = streams[token.index]
@@ -250,8 +250,8 @@ class TextGenerator:
             if token.finish_reason:
                 stream.finish()
             text = stream.text if token.finish_reason else stream.texts.popleft()
-            if token.finish_reason or text != shown[token.index]:
-                shown[token.index] = text
+            if token.finish_reason or text != texts[token.index]:
+                texts[token.index] = text
                 prompt = prompts[token.index // settings.num_return_sequences]
                 head = f"{prompt.instruction}\n" if settings.return_full_text else ""
                 used = len(requests[token.index].ids)

@@ -172,8 +172,14 @@ class Engine:
             )
 
 
-_creating = threading.Lock()
-os.register_at_fork(after_in_child=_creating._at_fork_reinit) if hasattr(os, "register_at_fork") else None
+def _new_lock() -> None:
+    global _creating
+    _creating = threading.Lock()
+
+
+_new_lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 class _State:
@@ -210,10 +216,10 @@ class _State:
         except BaseException:  # Ctrl-C in the thread whose turn it is: the step is half done
             self._fail(HardwareError("another call of this process was interrupted in the middle of a step"))
             raise
-        if self.scheduler.idle and not self.submitted:
-            self.runner.forget()
 
     def end_turn(self) -> None:
+        if self.scheduler.idle and not self.submitted:
+            self.runner.forget()
         with self.changed:
             self.busy = False
             self.changed.notify_all()
@@ -228,8 +234,6 @@ class _State:
         while self.cancelled:
             self.cancelled.popleft().end()
         self._release()
-        if self.scheduler.idle:
-            self.runner.forget()
 
     def _step(self) -> None:
         batch = self.scheduler.schedule()

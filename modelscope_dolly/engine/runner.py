@@ -80,7 +80,7 @@ class Runner:
     def forget(self) -> None:
         """Give the cache's memory back. Captured steps keep theirs: to capture takes seconds."""
         if self.capture is None:
-            self.cache.resize(0, 0)
+            self.reset()
 
     def reset(self) -> None:
         """After an error: numbers that are not finite may be in the cache."""

@@ -59,9 +59,7 @@ class StepInput:
     @classmethod
     def prefill(cls, lengths: list[int], first_slot: int = 0) -> StepInput:
         """Whole prompts of these lengths, end to end without padding, for the slots from `first_slot` on."""
-        ends = list(itertools.accumulate(lengths))
-        spans = tuple(Span(first_slot + i, end - lengths[i], end) for i, end in enumerate(ends))
-        return cls(torch.cat([torch.arange(length) for length in lengths]), spans=spans)
+        return cls.chunks([(slot, 0, length) for slot, length in enumerate(lengths, first_slot)])
 
     @classmethod
     def chunks(cls, chunks: list[tuple[int, int, int]]) -> StepInput:

@@ -30,6 +30,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 from modelscope_dolly.checkpoint.writer import export_checkpoint
+from modelscope_dolly.prompt import DollyTokenizer
 from tests.support.paths import ROOT
 from train.nano import build_tokenizer, read_records
 
@@ -70,20 +71,25 @@ def material() -> Path:
     records = sorted(read_records(), key=lambda record: sum(map(len, record.values())))[:RECORDS]
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     tokenizer = build_tokenizer(records, vocabulary=768)
+    _export_base(tokenizer, folder / "base", width=32, heads=4)
+    return folder
+
+
+def _export_base(tokenizer: DollyTokenizer, target: Path, width: int, heads: int) -> None:
+    """A base model of two layers with random weights, always the same."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer.tokenizer),
-        hidden_size=32,
+        hidden_size=width,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
+        num_attention_heads=heads,
+        intermediate_size=2 * width,
         max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
-    export_checkpoint(GPTNeoXForCausalLM(config), tokenizer, folder / "base")
-    return folder
+    export_checkpoint(GPTNeoXForCausalLM(config), tokenizer, target)
 
 
 def memorised(folder: Path) -> Path:
@@ -91,20 +97,7 @@ def memorised(folder: Path) -> Path:
 
     Its heads are 64 wide: the attention of vLLM on CPUs refuses those of our other test models.
     """
-    tokenizer = read_tokenizer(material() / "base")
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=len(tokenizer.tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=256,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    export_checkpoint(GPTNeoXForCausalLM(config), tokenizer, folder / "base")
+    _export_base(read_tokenizer(material() / "base"), folder / "base", width=128, heads=2)
     changes = {"model": str(folder / "base"), "test_size": 0, "epochs": 60, "learning_rate": 3e-3, "save_every": 1000}
     complete(write_recipe(folder, **changes))
     return folder / "run" / "final"
