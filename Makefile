@@ -32,7 +32,7 @@ $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 12) and f"Python 3.10 to 3.12 is needed, {v[0]}.{v[1]} found; try: make PYTHON=python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train,eval,gguf]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,web,structured,gguf,train,qlora,eval]'
 	touch $@
 
 clean:

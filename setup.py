@@ -21,7 +21,12 @@ RUN = [
 TRAIN = ["deepspeed>=0.18", "peft>=0.17", "tensorboard>=2.16", "matplotlib>=3.8", "PyYAML>=6"]
 EVAL = ["lm_eval[hf]>=0.4.13,<0.5", "datasets>=3", "matplotlib>=3.8", "numpy>=1.26"]
 GGUF = ["gguf>=0.19"]  # for dolly export
+SERVE = ["starlette>=0.46", "uvicorn>=0.34", "prometheus-client>=0.21"]  # for dolly serve
+WEB = ["gradio>=6"]  # for dolly web
+STRUCTURED = ["llguidance>=1"]  # for answers that fit a regex or a JSON schema
+QLORA = ["bitsandbytes>=0.48"]  # for lora with bits: 4 or 8
 DEV = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.14", "markdown-it-py>=3", "setuptools>=64", "wheel"]
+DEV += ["openai>=2", "playwright>=1.50", "nbclient>=0.10", "nbformat>=5", "ipykernel>=6", "jsonschema>=4"]
 # Runs the GPU kernels on a CPU, and compiles them where there is no GPU; torch for CUDA brings it along.
 DEV += ['triton>=3.5; platform_system == "Linux"']
 
@@ -49,7 +54,16 @@ setup(
     package_data={"modelscope_dolly": ["configuration.json", "kernels/csrc/*"]},
     ext_modules=[KERNELS],
     install_requires=RUN,
-    extras_require={"train": TRAIN, "eval": EVAL, "gguf": GGUF, "dev": DEV},
+    extras_require={
+        "serve": SERVE,
+        "web": WEB,
+        "structured": STRUCTURED,
+        "gguf": GGUF,
+        "train": TRAIN,
+        "qlora": QLORA,
+        "eval": EVAL,
+        "dev": DEV,
+    },
     entry_points={
         "console_scripts": ["dolly = modelscope_dolly.cli:main"],
         "modelscope_hub.cli_plugins": ["dolly = modelscope_dolly.cli:ModelScopeCommand"],
