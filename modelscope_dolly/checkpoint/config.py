@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from modelscope_dolly.errors import CheckpointError, one_line
 from modelscope_dolly.files import read_json
-from modelscope_dolly.kernels.quantized_linear import METHODS, MODEL_TYPE
+from modelscope_dolly.kernels.quantized_linear import MODEL_TYPE, STORED_METHODS
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -67,10 +67,10 @@ def _quantization(file: Path, raw: dict) -> str | None:
     if entry is None:
         return None
     name, version = (entry.get("quant_method"), entry.get("version")) if isinstance(entry, dict) else (entry, None)
-    for method in METHODS:
+    for method in STORED_METHODS:
         if (name, version) == (f"dolly-{method}", 1):
             return method
-    known = ", ".join(f"dolly-{method}" for method in METHODS)
+    known = ", ".join(f"dolly-{method}" for method in STORED_METHODS)
     raise CheckpointError(
         f"{file}: quantization_config is {name!r} version {version!r}, which this version cannot "
         f"read; it knows version 1 of {known}. Use the checkpoint that it was made from"
