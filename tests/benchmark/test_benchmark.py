@@ -391,7 +391,8 @@ def test_quality_under_outliers(checkpoint_dir):
     rows = {(row["format"], row["outliers"]): row for row in found["rows"]}
     assert list(rows) == [(name, factor) for factor in (None, 30.0) for name in ("fp32", *formats)]
     assert rows["fp32", 30.0]["perplexity"] == pytest.approx(rows["fp32", None]["perplexity"], rel=1e-3)
-    assert "fp32    30 " in format_report({"quality": found}).replace("      ", " ").replace("     ", "    ")
+    lines = [line.split() for line in format_report({"quality": found}).splitlines()]
+    assert [line[:2] for line in lines if line and line[0] == "fp32"] == [["fp32", "-"], ["fp32", "30"]]
     if kernels.level():
         assert rows["int8-dynamic", 30.0]["kl_mean"] > 5 * rows["int8", 30.0]["kl_mean"]
 

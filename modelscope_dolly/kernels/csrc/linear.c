@@ -30,6 +30,7 @@ enum { NOTHING, GELU };     /* what is done to an output before it is stored */
 
 #define GROUP 128              /* inputs that share one scale in int4 */
 #define CHUNK_BYTES (2 << 20)  /* rows worked on between two readings of the weights: what a core's caches hold */
+#define BAND_BYTES (768 << 10) /* two bands of weights, of several panels: what a core's second cache holds beside rows */
 #define AHEAD 2048             /* bytes to fetch ahead in each stream of weights */
 /* So few rows are quantised by each thread for itself. Shared, their cache lines go from core to core and back in each
    call: one row of 10240 inputs took 22 us more in 8 bits and 45 us in 16 (two cores, AVX-512), quantising takes 3. */
@@ -64,13 +65,15 @@ typedef struct {
     int64_t first;
     int rows; /* of x */
     int lines; /* rows * parts: what is multiplied */
+    /* While it multiplies one vector of weights it fetches what lies `ahead` bytes behind it, and then `pace` more. */
+    int64_t ahead, pace;
 } Panel;
 
 /* Rows are spread evenly, so that no panel is much lower than the others. */
 static Panel panel_of(const Call *c, int64_t index) {
     int64_t low = c->m / c->panels, higher = c->m % c->panels;
     int rows = (int)(low + (index < higher));
-    Panel panel = {index * low + (index < higher ? index : higher), rows, rows * c->parts};
+    Panel panel = {index * low + (index < higher ? index : higher), rows, rows * c->parts, AHEAD, 64};
     return panel;
 }
 
@@ -187,11 +190,12 @@ INLINE AVX512 void tile_int8_512(const Call *c, Panel p, int64_t block, const in
         UNROLL for (int b = 0; b < blocks; b++) sum[i][b] = _mm512_setzero_si512();
     const int32_t *q = (const int32_t *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
-    for (int64_t k = 0; k < c->words; k++, q += rows, w += 16) {
+    const char *fetch = (const char *)w + p.ahead;
+    for (int64_t k = 0; k < c->words; k++, q += rows, w += 16, fetch += p.pace) {
         __m512i weight[4];
         UNROLL for (int b = 0; b < blocks; b++) {
             weight[b] = _mm512_loadu_si512(w + b * c->words * 16);
-            _mm_prefetch((const char *)(w + b * c->words * 16) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(fetch + b * c->words * 64, _MM_HINT_T0);
         }
         UNROLL for (int i = 0; i < rows; i++) {
             __m512i x = _mm512_set1_epi32(q[i]);
@@ -209,17 +213,18 @@ INLINE AVX512 void tile_int4_512(const Call *c, Panel p, int64_t block, const in
     const __m512i low = _mm512_set1_epi8(15);
     const int32_t *q = (const int32_t *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
+    const char *fetch = (const char *)w + p.ahead;
     const uint16_t *scales = (const uint16_t *)c->scales + block * c->groups * 16;
     const int32_t *offsets = c->sums + p.first * c->parts * c->groups;
     for (int64_t group = 0; group < c->groups; group++) {
         __m512i sum[12][4];
         UNROLL for (int i = 0; i < rows; i++)
             UNROLL for (int b = 0; b < blocks; b++) sum[i][b] = _mm512_setzero_si512();
-        for (int word = 0; word < GROUP / 8; word++, q += 2 * rows, w += 16) {
+        for (int word = 0; word < GROUP / 8; word++, q += 2 * rows, w += 16, fetch += p.pace) {
             __m512i first[4], second[4];
             UNROLL for (int b = 0; b < blocks; b++) {
                 __m512i both = _mm512_loadu_si512(w + b * c->words * 16);
-                _mm_prefetch((const char *)(w + b * c->words * 16) + AHEAD, _MM_HINT_T0);
+                _mm_prefetch(fetch + b * c->words * 64, _MM_HINT_T0);
                 first[b] = _mm512_and_si512(both, low);
                 second[b] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
             }
@@ -250,11 +255,12 @@ INLINE AVX512 void tile_bf16_512(const Call *c, Panel p, int64_t block, const in
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     const float *x = (const float *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
-    for (int64_t k = 0; k < c->words; k++, x += 2 * rows, w += 16) {
+    const char *fetch = (const char *)w + p.ahead;
+    for (int64_t k = 0; k < c->words; k++, x += 2 * rows, w += 16, fetch += p.pace) {
         __m512 first[4], second[4];
         UNROLL for (int b = 0; b < blocks; b++) {
             __m512i both = _mm512_loadu_si512(w + b * c->words * 16);
-            _mm_prefetch((const char *)(w + b * c->words * 16) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(fetch + b * c->words * 64, _MM_HINT_T0);
             first[b] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
             second[b] = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
         }
@@ -400,9 +406,10 @@ INLINE AVX2 void tile_int8_256(const Call *c, Panel p, int64_t block, const int 
     UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
     const int32_t *q = (const int32_t *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
-    for (int64_t k = 0; k < c->words; k++, q += rows, w += 16) {
+    const char *fetch = (const char *)w + p.ahead;
+    for (int64_t k = 0; k < c->words; k++, q += rows, w += 16, fetch += p.pace) {
         __m256i weight[2];
-        _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(fetch, _MM_HINT_T0);
         UNROLL for (int h = 0; h < 2; h++) /* without the offset: products of unsigned bytes would not fit 16 bits */
             weight[h] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)w + h), _mm256_set1_epi8((char)0x80));
         UNROLL for (int i = 0; i < rows; i++) {
@@ -423,13 +430,14 @@ INLINE AVX2 void tile_int4_256(const Call *c, Panel p, int64_t block, const int 
     const __m256i low = _mm256_set1_epi8(15);
     const int32_t *q = (const int32_t *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
+    const char *fetch = (const char *)w + p.ahead;
     const uint16_t *scales = (const uint16_t *)c->scales + block * c->groups * 16;
     const int32_t *offsets = c->sums + p.first * c->parts * c->groups;
     for (int64_t group = 0; group < c->groups; group++) {
         __m256i sum[4][2];
         UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
-        for (int word = 0; word < GROUP / 8; word++, q += 2 * rows, w += 16) {
-            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+        for (int word = 0; word < GROUP / 8; word++, q += 2 * rows, w += 16, fetch += p.pace) {
+            _mm_prefetch(fetch, _MM_HINT_T0);
             UNROLL for (int h = 0; h < 2; h++) {
                 __m256i both = _mm256_loadu_si256((const __m256i *)w + h);
                 __m256i first = _mm256_and_si256(both, low);
@@ -459,8 +467,9 @@ INLINE AVX2 void tile_bf16_256(const Call *c, Panel p, int64_t block, const int 
     UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     const float *x = (const float *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
-    for (int64_t k = 0; k < c->words; k++, x += 2 * rows, w += 16) {
-        _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+    const char *fetch = (const char *)w + p.ahead;
+    for (int64_t k = 0; k < c->words; k++, x += 2 * rows, w += 16, fetch += p.pace) {
+        _mm_prefetch(fetch, _MM_HINT_T0);
         UNROLL for (int h = 0; h < 2; h++) {
             __m256i both = _mm256_loadu_si256((const __m256i *)w + h);
             __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
@@ -538,6 +547,14 @@ static void own_rows(Call *c, uint8_t *memory) {
     c->sums = (int32_t *)(c->factors + c->m);
 }
 
+/* The first of several panels would wait for its weights from memory, the others would find them in the cache: so each
+   of them fetches its share of what the next band needs, and the memory is never idle. */
+static void fetch_next_band(const Call *c, Panel *p, int64_t band, int64_t index, int64_t panels) {
+    int64_t stream = c->words * 64;
+    p->ahead = band * stream + stream * index / panels;
+    p->pace = panels < 64 ? 64 / panels : 1;
+}
+
 static void work(const Call *c, int level) {
     Call own = *c;
     if (c->m <= OWN_ROWS) {
@@ -557,9 +574,13 @@ static void work(const Call *c, int level) {
     if (chunk < 1) chunk = 1;
     for (int64_t first = 0; first < c->panels; first += chunk) {
         int64_t last = first + chunk < c->panels ? first + chunk : c->panels;
-        for (int64_t block = begin; block < end; block += 4)
-            for (int64_t index = first; index < last; index++)
-                BANDS[level][c->kind](c, panel_of(c, index), block, block + 4 < end ? block + 4 : end);
+        int64_t band = last - first > 1 && 8 * c->words * 64 > BAND_BYTES ? 2 : 4;
+        for (int64_t block = begin; block < end; block += band)
+            for (int64_t index = first; index < last; index++) {
+                Panel p = panel_of(c, index);
+                if (last - first > 1) fetch_next_band(c, &p, band, index - first, last - first);
+                BANDS[level][c->kind](c, p, block, block + band < end ? block + band : end);
+            }
     }
 }
 
