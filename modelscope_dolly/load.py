@@ -248,7 +248,7 @@ def _packing(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, An
         )
     if quantize == "int8-dynamic" and not (on_cpu and cpu.level()):
         raise HardwareError(
-            "quantize='int8-dynamic' needs the compiled kernels for x86-64 CPUs; use quantize='int8', which is more exact"
+            "quantize='int8-dynamic' needs the compiled kernels for x86-64 CPUs; use quantize='int8': more exact"
         )
     if quantize and on_cpu and dtype == torch.float16:
         raise SettingError(f"quantize={quantize!r} computes in fp32 or bf16 on the CPU; use dtype='fp32'")

@@ -81,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", dest="dtypes", metavar="DTYPE",
         help="bf16, fp16, fp32, or several with commas (default: what suits the device)",
     )  # fmt: skip
-    how.add_argument("--quantize", default="none", help="none, int8, int8-dynamic, int4, or several with commas (default: none)")
+    how.add_argument("--quantize", default="none", help="none, int8, int8-dynamic, int4, or several (default: none)")
     how.add_argument("--batch", dest="batches", metavar="BATCH", default="1,8", help="batch sizes (default: 1,8)")
     how.add_argument("--threads", type=int, help="CPU threads (default: the physical cores)")
     how.add_argument("--repeats", type=int, default=3, help="of each measurement, after a warm-up (default: 3)")

@@ -35,7 +35,7 @@ def quantize_checkpoint(source: str | Path, target: str | Path, method: str = "i
     if method is None:
         raise SettingError("the copy would not be quantised; give int8 or int4")
     if method not in STORED_METHODS:
-        raise SettingError(f"{method} is a way to compute with the weights of int8: write int8, and load it as {method}")
+        raise SettingError(f"{method} computes with the weights of int8: write int8, and load it as {method}")
     checkpoint = open_checkpoint(source)
     if checkpoint.quantization:
         raise SettingError(f"{source}: is quantised to {checkpoint.quantization} already; give the original")

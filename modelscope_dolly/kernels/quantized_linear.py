@@ -16,8 +16,9 @@ Stored in a checkpoint (see checkpoint/quantize.py), independent of the layout i
           running a network whose linear layers it has not found.
 
 Where the compiled library is missing (see cpu.py) and on CUDA, the numbers are kept as they are stored and
-activations stay as they are (weight-only), which is more exact; int8-dynamic is refused there. torch then widens the weights chunk by chunk: several
-times slower, except for long prompts. Captured steps read them with kernels of their own instead, see triton_decode.py.
+activations stay as they are (weight-only), which is more exact; int8-dynamic is refused there. torch then widens the
+weights chunk by chunk: several times slower, except for long prompts. Captured steps read them with kernels of their
+own instead, see triton_decode.py.
 """
 
 from __future__ import annotations

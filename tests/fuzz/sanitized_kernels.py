@@ -73,8 +73,8 @@ def _linear(kernels, rng: random.Random, level: int) -> None:
         _buffer(rows * outputs * (2 if bf16 else 4)),
     )
     failed = kernels.dolly_linear(
-        level, kind, rng.choice((1, 2)), bf16, rng.randrange(2), rows, outputs, inputs, x.ctypes.data, weights.ctypes.data,
-        scales.ctypes.data if scales is not None else None, bias.ctypes.data if bias is not None else None,
+        level, kind, rng.choice((1, 2)), bf16, rng.randrange(2), rows, outputs, inputs, x.ctypes.data,
+        weights.ctypes.data, scales.ctypes.data if scales is not None else None, bias.ctypes.data if bias is not None else None,
         out.ctypes.data, rng.choice((1, 2, 3)),
     )  # fmt: skip
     assert failed == 0
