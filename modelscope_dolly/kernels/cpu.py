@@ -58,13 +58,17 @@ def describe() -> str:
     return f"own kernels ({_LEVELS[level()]})" if level() else "torch (no compiled kernels for this machine)"
 
 
-def pack(words: torch.Tensor) -> torch.Tensor:
-    """Rows of 32-bit words [N, W], one row per output -> [N/16, W, 16], N padded with zeros."""
+def pack(words: torch.Tensor, padding: int = 0) -> torch.Tensor:
+    """Rows of 32-bit words [N, W], one row per output -> [N/16, W, 16], N padded with rows of `padding`."""
     rows, width = words.shape
-    padded = torch.zeros(-(-rows // 16) * 16, width, dtype=torch.int32) if rows % 16 else words
     if rows % 16:
-        padded[:rows] = words
-    return padded.view(-1, 16, width).transpose(1, 2).contiguous()
+        words = torch.cat((words, words.new_full((-rows % 16, width), padding)))
+    return words.reshape(-1, 16, width).transpose(1, 2).contiguous()
+
+
+def unpack(packed: torch.Tensor, rows: int) -> torch.Tensor:
+    """What `pack` has been given: [N/16, W, 16] -> [N, W]."""
+    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:rows]
 
 
 def linear(
