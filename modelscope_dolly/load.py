@@ -20,13 +20,12 @@ from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.checkpoint.memory import weight_bytes
 from modelscope_dolly.checkpoint.reader import Checkpoint, open_checkpoint
 from modelscope_dolly.checkpoint.weights import WeightFile, read_tensors
-from modelscope_dolly.engine.cuda_graphs import GraphCapture, decode_mode
 from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.gpt_neox import GPTNeoX, parameter_shapes
 from modelscope_dolly.engine.speculative.decoding import SpeculativeDecoding
 from modelscope_dolly.engine.speculative.draft_model import DraftModel
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
-from modelscope_dolly.errors import HardwareError, SettingError, shown
+from modelscope_dolly.errors import CheckpointError, HardwareError, SettingError, shown
 from modelscope_dolly.files import path_of
 from modelscope_dolly.generation import TextGenerator
 from modelscope_dolly.hardware import (
@@ -37,7 +36,14 @@ from modelscope_dolly.hardware import (
     cpu_computes_bf16,
 )
 from modelscope_dolly.kernels import cpu
-from modelscope_dolly.kernels.quantized_linear import METHODS, PackedLinear, is_linear, parse_quantize, replace_linears
+from modelscope_dolly.kernels.quantized_linear import (
+    METHODS,
+    PackedLinear,
+    is_linear,
+    packed_problem,
+    parse_quantize,
+    replace_linears,
+)
 from modelscope_dolly.placement import check_device_map, check_memory, device_of, plan_placement, spread
 
 log = logging.getLogger("modelscope.dolly")
@@ -66,7 +72,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     device_map: str | dict | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
     quantize: str | None = None,
     threads: int | None = None,
     draft: str | Path | None = None,
@@ -78,7 +84,9 @@ def load(
         device: see hardware.choose_device.
         dtype: "bf16", "fp16", "fp32", a torch.dtype, or None for what suits the device.
         device_map: "auto" or a dict, to spread the layers over several devices with accelerate; excludes `device`.
-        verify: compare the files with manifest.json where there is one (sha256; seconds for a large model).
+        verify: compare the files with manifest.json where there is one, by sha256, before the model answers anything.
+            True reads those again that have changed since they were compared (see checkpoint/verification.py), "always"
+            reads all of them, and copies weights that would be mapped; False compares nothing.
         quantize: "int8", "int8-dynamic" or "int4": the linear layers are quantised while they are read (CPU, or one
             CUDA device; int8-dynamic: CPU alone). See kernels/quantized_linear.py.
         threads: of the CPU, for the whole process; see hardware.choose_threads.
@@ -94,12 +102,31 @@ def load(
             given = f"device={shown(device)} and device_map={shown(device_map)}"
             raise SettingError(f"{given} exclude each other; give one of them")
     chosen, requested = choose_device(device), parse_quantize(quantize)
-    if not isinstance(verify, bool):
-        raise SettingError(f"verify is {shown(verify)}, it must be True or False")
+    verify = _parse_verify(verify)
     draft = path_of("draft", draft) if draft is not None else None
     if threads is not None or chosen.value.type == "cpu":
         torch.set_num_threads(choose_threads(threads).value)
-    checkpoint = open_checkpoint(path, verify)
+    checkpoint = open_checkpoint(path, verify, wait=False)
+    with checkpoint.verified():
+        return _load(checkpoint, chosen, dtype, device_map, verify, requested, draft)
+
+
+def _parse_verify(verify: object) -> bool | str:
+    if isinstance(verify, bool) or (isinstance(verify, str) and verify == "always"):
+        return verify
+    raise SettingError(f"verify is {shown(verify)}, it must be True, False or 'always'")
+
+
+def _load(
+    checkpoint: Checkpoint,
+    chosen: Choice,
+    dtype: str | torch.dtype | None,
+    device_map: str | dict | None,
+    verify: bool | str,
+    requested: str | None,
+    draft: str | None,
+) -> Dolly:
+    """As load, of a checkpoint that is open."""
     method = _quantization(checkpoint, requested)
     number_type = choose_number_type(checkpoint, chosen.value, dtype, method)
     place, number = chosen.value, number_type.value
@@ -118,8 +145,11 @@ def load(
     engine = Engine(
         net, place, checkpoint.config.max_position_embeddings, partial(SpeculativeDecoding, draft=draft_model)
     )
-    if place.type == "cuda" and device_map is None and decode_mode() != "plain":
-        engine.capture = GraphCapture(net, place)
+    if place.type == "cuda" and device_map is None:
+        from modelscope_dolly.engine.cuda_graphs import GraphCapture, decode_mode  # imports Triton
+
+        if decode_mode() != "plain":
+            engine.capture = GraphCapture(net, place)
     text_generator = TextGenerator(engine, checkpoint.tokenizer, PromptLookup, in_float32(net))
     return Dolly(checkpoint, net, place, number, text_generator)
 
@@ -157,21 +187,26 @@ def _load_draft(
     draft: str,
     dtype: torch.dtype,
     place: torch.device,
-    verify: bool,
+    verify: bool | str,
     quantize: str | None,
 ) -> DraftModel:
     """The draft network for the one in `checkpoint`. Raises SettingError where their vocabularies differ."""
-    other = open_checkpoint(locate(draft), verify)
+    other = open_checkpoint(locate(draft), verify, wait=False)
+    with other.verified():
+        _check_draft(checkpoint, other, draft)
+        log.info("draft from %s", other.path)
+        return DraftModel(load_network(other, dtype, {"": place}, _quantization(other, quantize)))
+
+
+def _check_draft(checkpoint: Checkpoint, other: Checkpoint, draft: str) -> None:
     sizes = checkpoint.config.vocab_size, other.config.vocab_size
-    tokens, other_tokens = (one.tokenizer.tokenizer.get_vocab() for one in (checkpoint, other))
+    tokens, other_tokens = (one.tokenizer.vocabulary() for one in (checkpoint, other))
     if sizes[0] != sizes[1] or tokens != other_tokens:
         found = f"{sizes[1]} tokens instead of {sizes[0]}" if sizes[0] != sizes[1] else "other tokens"
         raise SettingError(
             f"draft {draft!r} has another vocabulary than {checkpoint.path} ({found}); "
             "a draft must be a smaller model of the same family, such as dolly-v2-3b for dolly-v2-12b"
         )
-    log.info("draft from %s", other.path)
-    return DraftModel(load_network(other, dtype, {"": place}, _quantization(other, quantize)))
 
 
 def load_network(
@@ -196,11 +231,15 @@ def load_network(
     if method:
         replace_linears(net, method, device_of("embed_out.weight", placement))
         net.cache_dtype = cache_dtype(net, method)
+    on_cpu = all(torch.device(device).type == "cpu" for device in placement.values())
+    net.bounds_shapes = on_cpu and not (method and cpu.level())  # our own kernels keep nothing
     # disable=None: a bar on a terminal, nothing in a log file
     with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
         for name, tensor in read_tensors(checkpoint.tensors):
             owner, _, leaf = name.rpartition(".")
             module = net.get_submodule(owner)
+            if leaf == "weight_packed":
+                tensor = _packed(checkpoint, name, tensor)
             if isinstance(module, PackedLinear):
                 module.take(leaf, tensor)
             else:
@@ -214,6 +253,13 @@ def load_network(
         else:
             net.embed_out.weight = net.gpt_neox.embed_in.weight
     return net.eval()
+
+
+def _packed(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A weight that is stored as it is multiplied; its numbers are looked at where no checksum covers them."""
+    if not checkpoint.verification.compares and (problem := packed_problem(tensor, checkpoint.quantization)):
+        raise CheckpointError(f"{checkpoint.tensors[name][0]}: {name} {problem}: the checkpoint is damaged")
+    return tensor if checkpoint.mapped else tensor.clone()
 
 
 def cache_dtype(net: GPTNeoX, method: str | None) -> torch.dtype | None:

@@ -39,7 +39,7 @@ class DollyForTextGeneration(TorchModel):
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device_map: str | dict | None = None,
-        verify: bool = True,
+        verify: bool | str = True,
         quantize: str | None = None,
         threads: int | None = None,
         draft: str | None = None,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import GPTNeoXConfig
 
 from modelscope_dolly.checkpoint.config import read_config
 from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
+from modelscope_dolly.engine.network_config import NetworkConfig
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.prompt import DollyTokenizer
 from train.config import TrainConfig
@@ -60,7 +60,7 @@ class PreparedData:
 
     batching: Batching
     base: Path
-    network: GPTNeoXConfig
+    network: NetworkConfig
     tokenizer: DollyTokenizer
     sha256: str
     checked: CheckedRecords

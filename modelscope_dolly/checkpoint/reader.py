@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.checkpoint.config import read_config, read_quantization
 from modelscope_dolly.checkpoint.download import repair_hint
 from modelscope_dolly.checkpoint.tokenizer import check_vocabulary, read_tokenizer
+from modelscope_dolly.checkpoint.verification import FilesDiffer, Verification, raise_problems
 from modelscope_dolly.checkpoint.weights import TensorLocations, locate_tensors, weight_files
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.errors import CheckpointError
@@ -21,7 +24,7 @@ from modelscope_dolly.kernels.quantized_linear import stored_shapes
 from modelscope_dolly.prompt import DollyTokenizer
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -35,15 +38,33 @@ class Checkpoint:
         config: sizes and constants of the network.
         tokenizer: with the prompt contract.
         tensors: name of each parameter -> (file, name inside that file).
+        verification: of the weight files, which may go on beside their reading.
         quantization: "int8" or "int4" where the linear layers are stored so (see kernels/quantized_linear.py), else
             None.
+        mapped: whether weights may stay in the mapped file, where they are stored as they are multiplied.
     """
 
     path: Path
-    config: GPTNeoXConfig
+    config: NetworkConfig
     tokenizer: DollyTokenizer
     tensors: TensorLocations
+    verification: Verification
     quantization: str | None = None
+    mapped: bool = True
+
+    @contextmanager
+    def verified(self) -> Iterator[None]:
+        """Around the reading of the weights: at its end their files have been compared with the manifest.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        try:
+            with self.verification.explaining_errors():
+                yield
+            self.verification.finish()
+        except FilesDiffer as error:
+            raise CheckpointError(f"{error}. {repair_hint(self.path)}") from None
 
     @property
     def parameters(self) -> int:
@@ -51,8 +72,14 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in parameter_shapes(self.config).values())
 
 
-def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
-    """Check everything but the values of the weights, in seconds; with `verify` also the manifest, where there is one.
+def open_checkpoint(path: str | Path, verify: bool | str = "always", wait: bool = True) -> Checkpoint:
+    """Check everything but the values of the weights; with `verify` also the manifest, where there is one.
+
+    Args:
+        path: the directory.
+        verify: "always" hashes every file that answers depend on, True those that are not remembered (see
+            verification.py), False none.
+        wait: until the weight files have been hashed; otherwise read them in Checkpoint.verified.
 
     Raises:
         CheckpointError: names the file, what was found, what was expected, and the command that repairs it.
@@ -64,12 +91,16 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
             problem = "is a file; give the directory that holds config.json" if kind else "no such directory"
             raise CheckpointError(f"{path}: {problem}")
         config = read_config(path)
-        files = weight_files(path)
+        files = [file.name for file in weight_files(path)]
         if verify:
-            raise_problems(manifest.differences(path, [*_side_files(path), *(file.name for file in files)]))
-        tokenizer = read_tokenizer(path)
-        check_vocabulary(path, config, tokenizer)
-        tensors = tensor_locations(path, config)
+            raise_problems(manifest.differences(path, _side_files(path)))
+        verification = Verification(path, files if verify else (), remember=verify is True)
+        with verification.explaining_errors():
+            tokenizer = read_tokenizer(path)
+            check_vocabulary(path, config, tokenizer)
+            tensors = tensor_locations(path, config)
+            if wait:
+                verification.finish()
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {repair_hint(path)}") from error.__cause__
     if verify and file_kind(path / manifest.NAME) is None:
@@ -77,22 +108,17 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
             "%s: no recorded checksums (%s), so a changed weight cannot be noticed; to record those of files that you "
             "trust: dolly check --write-manifest %s", path, manifest.NAME, shlex.quote(str(path)),
         )  # fmt: skip
-    return Checkpoint(path, config, tokenizer, tensors, read_quantization(path))
+    return Checkpoint(
+        path, config, tokenizer, tensors, verification, read_quantization(path)[0], mapped=verify != "always"
+    )
 
 
-def tensor_locations(path: Path, config: GPTNeoXConfig) -> TensorLocations:
+def tensor_locations(path: Path, config: NetworkConfig) -> TensorLocations:
     """Where each tensor of the network is stored. Raises CheckpointError unless names, shapes and types are right."""
-    expected = stored_shapes(parameter_shapes(config), read_quantization(path))
+    expected = stored_shapes(parameter_shapes(config), *read_quantization(path))
     locations, problems = locate_tensors(path, expected, weight_files(path))
     raise_problems(problems)
     return locations
-
-
-def raise_problems(problems: list[str]) -> None:
-    """Raises CheckpointError with the first three of the problems; returns where there are none."""
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError("; ".join(problems[:3]) + more)
 
 
 def _side_files(path: Path) -> list[str]:

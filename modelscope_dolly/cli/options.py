@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from modelscope_dolly.load import Dolly
 
 MODEL_VARIABLE = "DOLLY_MODEL"
+#: --verify -> load(verify=).
+VERIFY = {"changed": True, "always": "always", "never": False}
 
 
 def add_revision(parser: argparse._ActionsContainer) -> None:
@@ -32,6 +34,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", help="bf16, fp16 or fp32 (default: what suits the device)")
     group.add_argument("--quantize", help="none, int8, int8-dynamic or int4: smaller, faster, less exact")
     group.add_argument("--threads", type=int, help="of the CPU (default: physical cores)")
+    group.add_argument(
+        "--verify", choices=tuple(VERIFY), default="changed",
+        help="which files are compared with their recorded checksums: changed (since they were last compared; the "
+        "default), always (all), never",
+    )  # fmt: skip
     group.add_argument("--draft", metavar="MODEL", help="a smaller model with the same vocabulary, for draft tokens")
 
 
@@ -71,4 +78,4 @@ def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
         given["prompt_lookup"] = {"on": True, "off": False}.get(options.prompt_lookup, options.prompt_lookup)
     settings = GenerationSettings().updated({**given, "do_sample": not options.greedy})
     keywords = {name: getattr(options, name) for name in ("device", "dtype", "quantize", "threads", "draft")}
-    return load(locate(model, options.revision), **keywords), settings
+    return load(locate(model, options.revision), verify=VERIFY[options.verify], **keywords), settings

@@ -312,6 +312,23 @@ def test_memory_of_the_wrong_size_or_type_never_reaches_the_library():
             kernels.linear(kernels.INT8, *arguments)
 
 
+def test_a_library_of_another_interface_is_passed_over(tmp_path):
+    """One that was built before the arguments changed would read them wrongly."""
+    source = tmp_path / "other.c"
+    source.write_text("int dolly_interface(void) { return 1; }\nint dolly_level(void) { return 2; }\n")
+    library = tmp_path / "_kernels.x.so"
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True, capture_output=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("no C compiler called cc")
+    code = (
+        "import modelscope_dolly.kernels.cpu as kernels\n"
+        f"kernels.__file__ = {str(tmp_path / 'kernels.py')!r}\nprint(kernels.level())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr
+
+
 def test_threads_are_torchs():
     """One OpenMP runtime in the process, and torch.set_num_threads rules it, in threads of Python's too."""
     lines = Path("/proc/self/maps").read_text().splitlines()

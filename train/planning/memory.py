@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 GIB = 2**30
 
@@ -43,7 +43,7 @@ class Job:
         lora_rank: rank of the adapters on all linear layers; 0 trains every weight.
     """
 
-    config: GPTNeoXConfig
+    config: NetworkConfig
     tokens: int = 2048
     label_tokens: int | None = None
     checkpoint_activations: bool = True
@@ -160,7 +160,7 @@ class Activations:
 
 
 def activations(
-    config: GPTNeoXConfig,
+    config: NetworkConfig,
     tokens: int,
     checkpointing: bool = True,
     label_tokens: int | None = None,
