@@ -87,7 +87,8 @@ def load(
         verify: compare the files with manifest.json where there is one, by sha256, before the model answers anything.
             True reads those again that have changed since they were compared (see checkpoint/verification.py), "always"
             reads all of them, and copies weights that would be mapped; False compares nothing.
-        quantize: "int8" or "int4": the linear layers are quantised while they are read (CPU, or one CUDA device).
+        quantize: "int8", "int8-dynamic" or "int4": the linear layers are quantised while they are read (CPU, or one
+            CUDA device; int8-dynamic: CPU alone). See kernels/quantized_linear.py.
         threads: of the CPU, for the whole process; see hardware.choose_threads.
         draft: directory or hub id of a smaller model of the family with the same vocabulary; it proposes draft tokens
             for this one to verify. It lies on the same device, in the same number type, quantised the same way.
@@ -217,7 +218,7 @@ def load_network(
         checkpoint: opened and checked.
         dtype: of the weights in memory.
         placement: module name -> device, as accelerate's device maps; "" is everything else.
-        quantize: "int8", "int4" or None; see kernels/quantized_linear.py.
+        quantize: a name of `quantize=` or None; see kernels/quantized_linear.py.
 
     Raises:
         HardwareError: it does not fit, or is to be quantised on several devices; raised before anything is read.
@@ -271,6 +272,8 @@ def cache_dtype(net: GPTNeoX, method: str | None) -> torch.dtype | None:
 
 def _quantization(checkpoint: Checkpoint, quantize: str | None) -> str | None:
     """The method of a quantised checkpoint, or the one asked for. Raises SettingError when they differ."""
+    if checkpoint.quantization == "int8" and quantize == "int8-dynamic":
+        return quantize
     if checkpoint.quantization and quantize not in (None, checkpoint.quantization):
         raise SettingError(
             f"{checkpoint.path}: is quantised to {checkpoint.quantization}; leave out quantize={quantize!r}, or "
@@ -280,7 +283,7 @@ def _quantization(checkpoint: Checkpoint, quantize: str | None) -> str | None:
 
 
 def _packing(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any], quantize: str | None) -> str | None:
-    """How the linear layers are kept: "int8", "int4", "bf16" (packed for our kernels), or None (torch's own)."""
+    """How the linear layers are kept: a name of `quantize=`, "bf16" (packed for our kernels), or None (torch's own)."""
     on_cpu = all(torch.device(device).type == "cpu" for device in placement.values())
     on_cuda = set(placement) == {""} and torch.device(placement[""]).type == "cuda"
     if quantize and not on_cpu and not on_cuda:
@@ -288,6 +291,10 @@ def _packing(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, An
         raise HardwareError(
             f"quantize={quantize!r} is for the CPU or one CUDA device, not for {places}; "
             "use device='cpu' or device='cuda:0', or quantize=None"
+        )
+    if quantize == "int8-dynamic" and not (on_cpu and cpu.level()):
+        raise HardwareError(
+            "quantize='int8-dynamic' needs the compiled kernels for x86-64 CPUs; use quantize='int8': more exact"
         )
     if quantize and on_cpu and dtype == torch.float16:
         raise SettingError(f"quantize={quantize!r} computes in fp32 or bf16 on the CPU; use dtype='fp32'")

@@ -32,7 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_revision(group)
     group.add_argument("--device", help="cpu, cuda:N or gpu (default: first GPU, else CPU)")
     group.add_argument("--dtype", help="bf16, fp16 or fp32 (default: what suits the device)")
-    group.add_argument("--quantize", help="none, int8 or int4: smaller and faster on a CPU, less exact (default: none)")
+    group.add_argument("--quantize", help="none, int8, int8-dynamic or int4: smaller, faster, less exact")
     group.add_argument("--threads", type=int, help="of the CPU (default: physical cores)")
     group.add_argument(
         "--verify", choices=tuple(VERIFY), default="changed",
