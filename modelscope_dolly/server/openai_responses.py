@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class ChatFormat:
     def begin(self, index: int) -> dict[str, Any] | None:
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str, logprobs: Sequence | None) -> dict[str, Any]:
+    def piece(self, index: int, text: str, logprobs: Sequence | None, offset: int) -> dict[str, Any]:
         return self._chunk(index, {"content": text}, self._content(logprobs))
 
     def end(self, index: int, finish_reason: str) -> dict[str, Any]:
@@ -127,8 +128,9 @@ class CompletionFormat:
         head = self._heads[index // self._answers]
         return self._choice(index, head, None, None) if head else None
 
-    def piece(self, index: int, text: str, logprobs: Sequence | None) -> dict[str, Any]:
-        table = self._table(logprobs) if self._logprobs and logprobs is not None else None
+    def piece(self, index: int, text: str, logprobs: Sequence | None, offset: int) -> dict[str, Any]:
+        offset += len(self._heads[index // self._answers])
+        table = self._table(logprobs, offset) if self._logprobs and logprobs is not None else None
         return self._choice(index, text, table, None)
 
     def end(self, index: int, finish_reason: str) -> dict[str, Any]:
@@ -137,10 +139,15 @@ class CompletionFormat:
     def _choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _table(self, logprobs: Sequence) -> dict[str, list]:
-        """Column by column. The first token of a text has no probability; it stands as (id, None, ())."""
+    def _table(self, logprobs: Sequence, offset: int = 0) -> dict[str, list]:
+        """Column by column. The first token of a text has no probability; it stands as (id, None, ()).
+
+        Args:
+            logprobs: of tokens that stand one behind the other.
+            offset: of the first one in its text.
+        """
         table: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        offset = 0
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for id, logprob, top in logprobs:
             name = token_name(self._tokenizer, id)
             likely = {token_name(self._tokenizer, other): value for other, value in top}
@@ -148,7 +155,7 @@ class CompletionFormat:
             table["token_logprobs"].append(logprob)
             table["top_logprobs"].append(None if logprob is None else {name: logprob, **likely})
             table["text_offset"].append(offset)
-            offset += len(name)
+            offset += len(decoder.decode(self._tokenizer.token_bytes(id)))
         return table
 
 
@@ -167,7 +174,7 @@ class Pieces:
         logprobs = getattr(update, "logprobs", None)
         new = logprobs[self._logprobs.get(index, 0) :] if logprobs is not None else None
         if len(update.text) > (shown or 0) or new:
-            yield self._format.piece(index, update.text[shown or 0 :], new)
+            yield self._format.piece(index, update.text[shown or 0 :], new, shown or 0)
         self._texts[index] = len(update.text)
         self._logprobs[index] = len(logprobs or ())
         if update.finish_reason:
