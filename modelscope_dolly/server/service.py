@@ -47,7 +47,9 @@ class Record:
     body_bytes: int = 0
 
     def ended(self, reason: str | ApiError) -> None:
-        self.outcome = outcome_of(reason) if isinstance(reason, ApiError) else reason
+        """The first reason counts: a connection that is dropped for one is then also disconnected."""
+        if self.outcome == "ok":
+            self.outcome = outcome_of(reason) if isinstance(reason, ApiError) else reason
 
 
 def outcome_of(error: ApiError) -> str:

@@ -224,7 +224,7 @@ def test_slots_follow_from_the_memory(dolly, monkeypatch):
     for module in ("engine.runner", "server.startup"):
         monkeypatch.setattr(f"modelscope_dolly.{module}.free_memory", lambda device: free)
     assert choose_slots(dolly, None) == 4
-    with pytest.raises(HardwareError, match="--slots 5 needs .* use --slots 4"):
+    with pytest.raises(HardwareError, match=r"--slots 5 needs .* use --slots 4"):
         choose_slots(dolly, 5)
 
 

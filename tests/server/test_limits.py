@@ -35,7 +35,7 @@ def test_a_caller_has_so_many_requests_a_minute():
     rate = RateLimit(6, lambda: now[0])
     for _ in range(6):
         rate.check("a")
-    assert refusal(rate.check, "a").retry_after == 11
+    assert refusal(rate.check, "a").retry_after == 10
     rate.check("b")
     now[0] = 10.01
     rate.check("a")
