@@ -5,21 +5,15 @@ Everything goes through `TextGenerator.stream`; a list, one answer and a stream 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
-import numbers
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from modelscope_dolly.engine.engine import Engine
-from modelscope_dolly.engine.sequence import Proposer, Request
-from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
-from modelscope_dolly.errors import PromptError, SettingError, is_whole, shown, unknown_name
+from modelscope_dolly.engine.sequence import Proposer, Request, TokenLogprob
+from modelscope_dolly.errors import PromptError, shown, unknown_name
+from modelscope_dolly.generation_settings import GenerationSettings
 from modelscope_dolly.prompt import DollyTokenizer, check_instruction, check_text, reduce_conversation
 from modelscope_dolly.text_stream import TextStream
 
@@ -27,123 +21,9 @@ log = logging.getLogger("modelscope.dolly")
 
 #: Slots used for a list when the caller gives no batch_size.
 DEFAULT_SLOTS = 8
-#: torch's generator tells this many seeds apart.
-SEEDS = 2**32
-#: Whole numbers that the engine and a GPU count with.
-_MOST = 2**31 - 1
-#: Answers to one input.
-_MOST_SEQUENCES = 1 << 16
-#: Repetition penalties that leave every logit a finite float32, whatever the network.
-_PENALTIES = (1e-6, 1e6)
-OVERFLOW_MODES = ("error", "truncate_context")
 _QUESTION_KEYS = ("instruction", "text", "messages")
 _INPUT_KEYS = {*_QUESTION_KEYS, "context"}
 _RECORD_KEYS = {"response", "category"}  # of databricks-dolly-15k; a record can be asked as it is
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """Keywords of a call, named as `transformers` generate names them; the defaults are those of the public pipeline.
-
-    Attributes:
-        max_new_tokens: at most so many tokens; cut, with a warning, to what the window leaves.
-        do_sample, temperature, top_k, top_p, repetition_penalty: see engine/settings.Sampling.
-        num_return_sequences: answers per input; their seeds are seed, seed + 1, ...
-        seed: of each answer's own generator; None takes one from torch's global generator (torch.manual_seed).
-        stop: text or texts that end an answer and are not part of it.
-        return_full_text: put the instruction and a newline before the answer.
-        on_overflow: "error", or "truncate_context" to shorten a context that leaves no room for max_new_tokens (or for
-            half of the window, if that is less).
-        prompt_lookup: True for speculative decoding with draft tokens from the prompt, which answers often copy from;
-            "auto" does so with float32 weights, where it does not show in the answer.
-    """
-
-    max_new_tokens: int = MAX_NEW_TOKENS
-    do_sample: bool = Sampling.do_sample
-    temperature: float = Sampling.temperature
-    top_k: int = Sampling.top_k
-    top_p: float = Sampling.top_p
-    repetition_penalty: float = Sampling.repetition_penalty
-    num_return_sequences: int = 1
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    return_full_text: bool = False
-    on_overflow: str = "error"
-    prompt_lookup: bool | str = "auto"
-
-    def updated(self, keywords: Mapping[str, Any]) -> GenerationSettings:
-        """These settings with `keywords` on top, all checked.
-
-        Raises:
-            SettingError: unknown keyword (the nearest known one is named), or a value out of range.
-        """
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in keywords:
-            if name not in known:
-                raise SettingError(unknown_name("keyword", name, known))
-        changed = dataclasses.replace(self, **keywords)
-        problems = [message for holds, message in changed._requirements() if not holds]
-        if problems:
-            raise SettingError("; ".join(problems))
-        stop = (changed.stop,) if isinstance(changed.stop, str) else tuple(changed.stop or ())
-        # Python's own numbers from here on: NumPy's are of fixed size, and overflow in arithmetic with seeds.
-        whole = {name: int(getattr(changed, name) or 0) for name in ("max_new_tokens", "top_k", "num_return_sequences")}
-        real = {name: float(getattr(changed, name)) for name in ("temperature", "top_p", "repetition_penalty")}
-        seed = int(changed.seed) if changed.seed is not None else None
-        return dataclasses.replace(changed, stop=stop, seed=seed, **whole, **real)
-
-    def samplings(self) -> list[Sampling]:
-        """One for each returned sequence, with its seed. Each input of a list starts from the same seed as if alone."""
-        first = self.seed if self.seed is not None else int(torch.randint(0, SEEDS, ()))
-        return [
-            Sampling(
-                self.do_sample,
-                self.temperature,
-                self.top_k,
-                self.top_p,
-                self.repetition_penalty,
-                (first + i) % SEEDS,
-            )
-            for i in range(self.num_return_sequences)
-        ]
-
-    def _requirements(self) -> Iterator[tuple[bool, str]]:
-        def real(value: Any, low: float, high: float = sys.float_info.max) -> bool:
-            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            return number and low <= value <= high
-
-        def must(holds: bool, name: str, allowed: str) -> tuple[bool, str]:
-            return holds, f"{name} is {shown(getattr(self, name))}, it must be {allowed}"
-
-        above_0 = math.ulp(0.0)
-        low, high = _PENALTIES
-        yield must(is_whole(self.max_new_tokens, 1, _MOST), "max_new_tokens", "a whole number of at least 1")
-        yield must(isinstance(self.do_sample, bool), "do_sample", "True or False")
-        yield must(
-            real(self.temperature, above_0),
-            "temperature",
-            "a number above 0 (for the likeliest answer pass do_sample=False)",
-        )
-        top_k = self.top_k is None or is_whole(self.top_k, 0, _MOST)
-        yield must(top_k, "top_k", "a whole number of at least 0 (0: all tokens)")
-        yield must(real(self.top_p, above_0, 1), "top_p", "a number in (0, 1]")
-        penalty = f"above 0, from {low:g} to {high:g}"
-        yield must(real(self.repetition_penalty, low, high), "repetition_penalty", penalty)
-        several = is_whole(self.num_return_sequences, 1, _MOST_SEQUENCES)
-        yield must(several, "num_return_sequences", f"a whole number of at least 1, at most {_MOST_SEQUENCES}")
-        if several and self.num_return_sequences != 1:
-            yield must(self.do_sample is True, "do_sample", "True for several sequences: greedy ones are all the same")
-        seed = self.seed is None or is_whole(self.seed, 0, SEEDS - 1)
-        yield must(seed, "seed", f"None or a whole number, 0 to {SEEDS - 1}")
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        texts = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
-        yield must(stop is None or texts, "stop", "a text or a list of texts, none empty")
-        yield must(isinstance(self.return_full_text, bool), "return_full_text", "True or False")
-        mode = isinstance(self.on_overflow, str) and self.on_overflow in OVERFLOW_MODES
-        yield must(mode, "on_overflow", f"one of {', '.join(OVERFLOW_MODES)}")
-        lookup = self.prompt_lookup
-        lookup = isinstance(lookup, bool) or (isinstance(lookup, str) and lookup == "auto")
-        yield must(lookup, "prompt_lookup", "True, False or 'auto'")
 
 
 @dataclass(frozen=True)
@@ -194,13 +74,23 @@ def parse_input(value: Any, ignore_unknown: bool = False, context: str | None = 
 
 @dataclass(frozen=True)
 class Update:
-    """News of one answer: its text so far, and why it ended (`stop`, `length`), None while it goes on."""
+    """News of one answer.
+
+    Attributes:
+        index: of the answer.
+        text: of the answer so far.
+        finish_reason: why it ended (`stop`, `length`); None while it goes on.
+        new_tokens: of the answer so far, without the one that ends it.
+        prompt_tokens: of its prompt.
+        logprobs: of each of the new tokens, where the settings ask for them.
+    """
 
     index: int
     text: str
     finish_reason: str | None
     new_tokens: int
     prompt_tokens: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class TextGenerator:
@@ -232,36 +122,65 @@ class TextGenerator:
             PromptError: an input leaves no room for an answer, see fit.
             HardwareError: see Engine.run.
         """
-        requests: list[Request] = []
-        streams: list[TextStream] = []
-        lookup = settings.prompt_lookup if settings.prompt_lookup != "auto" else self._lookup_by_default
-        for prompt in prompts:
-            ids, room = self.fit(prompt, settings)
-            for sampling in settings.samplings():
-                stream = TextStream(self.tokenizer, tuple(settings.stop))
-                streams.append(stream)
-                proposer = self._prompt_lookup if lookup else None
-                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, stream.push, proposer))
+        requests, streams = self._requests(prompts, settings)
         texts = [""] * len(requests)
         counts = [0] * len(requests)
+        logprobs: list[list[TokenLogprob]] = [[] for _ in requests]
         for token in self.engine.run(requests, slots):
-            stream = streams[token.index]
-            counts[token.index] += token.id not in requests[token.index].stop_ids
+            index, stream = token.index, streams[token.index]
+            if token.id not in requests[index].stop_ids:
+                counts[index] += 1
+                logprobs[index] += [token.logprob] if token.logprob else []
             if token.finish_reason:
                 stream.finish()
             text = stream.text if token.finish_reason else stream.texts.popleft()
-            if token.finish_reason or text != texts[token.index]:
-                texts[token.index] = text
-                prompt = prompts[token.index // settings.num_return_sequences]
+            if token.finish_reason or text != texts[index]:
+                texts[index] = text
+                prompt = prompts[index // settings.num_return_sequences]
                 head = f"{prompt.instruction}\n" if settings.return_full_text else ""
-                used = len(requests[token.index].ids)
-                yield Update(token.index, head + text, token.finish_reason, counts[token.index], used)
+                used = len(requests[index].ids)
+                given = tuple(logprobs[index]) if settings.logprobs is not None else None
+                yield Update(index, head + text, token.finish_reason, counts[index], used, given)
+
+    def _requests(
+        self, prompts: Sequence[Prompt], settings: GenerationSettings
+    ) -> tuple[list[Request], list[TextStream]]:
+        """One for each answer, and where its text comes together."""
+        requests: list[Request] = []
+        streams: list[TextStream] = []
+        lookup = settings.prompt_lookup if settings.prompt_lookup != "auto" else self._lookup_by_default
+        proposer = self._prompt_lookup if lookup else None
+        bad_words = self._bad_words(settings)
+        for prompt in prompts:
+            ids, room = self.fit(prompt, settings)
+            for sampling in settings.samplings(bad_words):
+                stream = TextStream(self.tokenizer, tuple(settings.stop))
+                streams.append(stream)
+                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, stream.push, proposer))
+        return requests, streams
+
+    def _bad_words(self, settings: GenerationSettings) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each word, at the beginning of a text and behind a space."""
+        spaced = [f" {word}" for word in settings.bad_words if not word[0].isspace()]
+        return tuple(tuple(self.tokenizer.encode_text(word)) for word in (*settings.bad_words, *spaced))
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> list[list[Update]]:
         """The last update of each answer, grouped by prompt."""
         last = {update.index: update for update in self.stream(prompts, settings, slots)}
         count = settings.num_return_sequences
         return [[last[prompt * count + i] for i in range(count)] for prompt in range(len(prompts))]
+
+    def details(self, update: Update) -> dict[str, Any]:
+        """What an output holds beside the text, as JSON has it: "logprobs", where they were asked for."""
+        return {} if update.logprobs is None else {"logprobs": [self.logprob_dict(one) for one in update.logprobs]}
+
+    def logprob_dict(self, logprob: TokenLogprob) -> dict[str, Any]:
+        """{"id", "token", "logprob", "top": [the same of the likeliest]}; "token" is text, see prompt.token_text."""
+
+        def named(id: int, value: float) -> dict[str, Any]:
+            return {"id": id, "token": self.tokenizer.token_text(id), "logprob": value}
+
+        return {**named(logprob.id, logprob.logprob), "top": [named(*pair) for pair in logprob.top]}
 
     def fit(self, prompt: Prompt, settings: GenerationSettings) -> tuple[list[int], int]:
         """Prompt ids, and how many new tokens the window leaves for them (at most max_new_tokens).

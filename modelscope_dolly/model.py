@@ -69,13 +69,13 @@ class DollyForTextGeneration(TorchModel):
         """The updates of one answer as it grows."""
         return self.text_generator.stream([_as_prompt(value)], settings or GenerationSettings(), slots=1)
 
-    def forward(self, inputs: Any, **keywords: Any) -> dict[str, str]:
-        """One input -> {"text": answer}, the way a ModelScope model is called."""
+    def forward(self, inputs: Any, **keywords: Any) -> dict[str, Any]:
+        """One input -> {"text": answer}, the way a ModelScope model is called; with logprobs as the pipeline's."""
         settings = GenerationSettings().updated(keywords)
         if settings.num_return_sequences != 1:
             raise SettingError("a model call is one answer: num_return_sequences must be 1")
         [[update]] = self.generate([inputs], settings, slots=1)
-        return {"text": update.text}
+        return {"text": update.text, **self.text_generator.details(update)}
 
 
 def _as_prompt(value: Any) -> Prompt:

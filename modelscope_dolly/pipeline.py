@@ -16,7 +16,7 @@ from modelscope.utils.constant import Frameworks
 from modelscope_dolly import CHAT_TASK, PIPELINE_TYPE, TASK
 from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.errors import SettingError, is_whole, shown, unknown_name
-from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, parse_input
+from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Update, parse_input
 from modelscope_dolly.model import MODEL_OPTIONS, DollyForTextGeneration
 
 _CONFIGURATION = Path(__file__).with_name("configuration.json")
@@ -92,7 +92,9 @@ class DollyTextGenerationPipeline(Pipeline):
 
         Returns:
             {"text": answer}, for a conversation {"message": {"role": "assistant", "content": answer}}; a list of it for
-            num_return_sequences > 1; a list of these for a list; a generator of these for an MsDataset.
+            num_return_sequences > 1; a list of these for a list; a generator of these for an MsDataset. With logprobs=N
+            each has "logprobs", too: for each token {"id": ..., "token": its text, "logprob": ..., "top": [the same of
+            the N likeliest, likeliest first]}.
 
         Raises:
             PromptError, SettingError.
@@ -110,16 +112,14 @@ class DollyTextGenerationPipeline(Pipeline):
         answers = list(self._answers(inputs, prompts, settings, slots))
         return answers if many else answers[0]
 
-    def stream_generate(
-        self, input: Any, context: str | None = None, **keywords: Any
-    ) -> Iterator[dict[str, str | dict[str, str]]]:
+    def stream_generate(self, input: Any, context: str | None = None, **keywords: Any) -> Iterator[dict[str, Any]]:
         """Yield what a call returns, with the answer so far, as it grows; the last one is the whole answer."""
         settings = self._settings(keywords)
         if settings.num_return_sequences != 1:
             raise SettingError("a stream is one answer: num_return_sequences must be 1")
         value = _conversation(input)
         updates = self.model.stream(parse_input(value, context=context), settings)
-        return (self._output(value, update.text) for update in updates)
+        return (self._output(value, update) for update in updates)
 
     def _settings(self, keywords: dict[str, Any]) -> GenerationSettings:
         _refuse_keywords(keywords)
@@ -140,11 +140,14 @@ class DollyTextGenerationPipeline(Pipeline):
         self, inputs: Iterable[Any], prompts: list[Prompt], settings: GenerationSettings, slots: int
     ) -> Iterator[Any]:
         for value, updates in zip(inputs, self.model.generate(prompts, settings, slots), strict=True):
-            outputs = [self._output(value, update.text) for update in updates]
+            outputs = [self._output(value, update) for update in updates]
             yield outputs[0] if len(outputs) == 1 else outputs
 
-    def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
+    def _output(self, value: Any, update: Update) -> dict[str, Any]:
         """An answer in the form that belongs to its input."""
+        return {**self._answer(value, update.text), **self.model.text_generator.details(update)}
+
+    def _answer(self, value: Any, text: str) -> dict[str, Any]:
         if isinstance(value, Mapping) and "messages" in value:
             return _message(text)
         return {OutputKeys.TEXT: text}
@@ -163,7 +166,7 @@ def _unused(value: Any) -> Any:
     return value
 
 
-def _message(text: str) -> dict[str, str | dict[str, str]]:
+def _message(text: str) -> dict[str, dict[str, str]]:
     return {"message": {"role": "assistant", "content": text}}
 
 
@@ -184,7 +187,7 @@ def _refuse_keywords(keywords: Mapping[str, Any]) -> None:
 class DollyChatPipeline(DollyTextGenerationPipeline):
     """The same pipeline for Tasks.chat: each answer is {"message": {"role": "assistant", "content": answer}}."""
 
-    def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
+    def _answer(self, value: Any, text: str) -> dict[str, Any]:
         return _message(text)
 
 

@@ -22,7 +22,7 @@ from modelscope_dolly.engine.runner import Runner, StepCapture
 from modelscope_dolly.engine.scheduler import PREFILL_TOKENS, Scheduler, Speculation
 from modelscope_dolly.engine.sequence import Group, Request, RunStats, Sequence, Token
 from modelscope_dolly.engine.step_timer import StepTimer
-from modelscope_dolly.errors import DollyError, HardwareError, PromptError
+from modelscope_dolly.errors import DollyError, HardwareError, PromptError, SettingError
 
 #: Sequences that run at the same time, unless a caller says so.
 SLOTS = 32
@@ -123,6 +123,7 @@ class Engine:
 
         Raises:
             PromptError: a prompt is empty or does not fit the window with its new tokens.
+            SettingError: a token that the network does not have, or no token is left to be drawn.
         """
         for request in requests:
             self._check(request)
@@ -170,6 +171,12 @@ class Engine:
                 f"a prompt of {len(request.ids)} tokens and {request.max_new_tokens} new ones do not fit the window of "
                 f"{self.window}; both must be at least 1"
             )
+        vocabulary, sampling = self.net.config.vocab_size, request.sampling
+        unknown = [id for id in sampling.logit_bias if not 0 <= id < vocabulary]
+        if unknown:
+            raise SettingError(f"logit_bias: there is no token {unknown[0]}; ids are 0 to {vocabulary - 1}")
+        if len({word[-1] for word in sampling.bad_words} | request.stop_ids) >= vocabulary:
+            raise SettingError(f"bad_words: they may rule out all {vocabulary} tokens; give fewer")
 
 
 def _new_lock() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from modelscope_dolly.engine.logprobs import TokenLogprob
 from modelscope_dolly.engine.sampling import Sampler, Sampling
 
 
@@ -47,11 +48,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """A new token: `index` of its request, its id, and why it is the last one (`stop`, `length`), None if it is not."""
+    """A new token.
+
+    Attributes:
+        index: of its request.
+        id: of the token.
+        finish_reason: why it is the last one (`stop`, `length`); None if it is not.
+        logprob: of the token under the network, where the request asks for it.
+    """
 
     index: int
     id: int
     finish_reason: str | None
+    logprob: TokenLogprob | None = None
 
 
 @dataclass
@@ -110,7 +119,7 @@ class Sequence:
         self.finish_reason: str | None = None
         self.prefilled = 0
         self.ids = list(request.ids)
-        self.sampler = Sampler(request.sampling, request.ids)
+        self.sampler = Sampler(request.sampling, request.ids, request.stop_ids)
         self.proposer = request.proposer(self.ids) if request.proposer else None
 
     @property
@@ -133,6 +142,6 @@ class Sequence:
                 self.finish_reason = "stop"
             elif self.proposer is not None:
                 self.proposer.append(id)
-            yield Token(self.index, id, self.finish_reason)
+            yield Token(self.index, id, self.finish_reason, self.sampler.logprob)
             if self.finish_reason:
                 return
