@@ -11,7 +11,7 @@ import copy
 import os
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ import torch
 from modelscope_dolly.engine.gpt_neox import GPTNeoX
 from modelscope_dolly.engine.runner import Runner, StepCapture
 from modelscope_dolly.engine.scheduler import PREFILL_TOKENS, Scheduler, Speculation
-from modelscope_dolly.engine.sequence import Group, Request, RunStats, Sequence, Token
+from modelscope_dolly.engine.sequence import Group, Request, RunStats, Sequence, SharedPrompt, Token
 from modelscope_dolly.engine.step_timer import StepTimer
 from modelscope_dolly.errors import DollyError, HardwareError, PromptError, SettingError
 
@@ -39,7 +39,10 @@ class Call(Group):
     def __init__(self, engine: Engine, requests: list[Request], limit: int, stats: RunStats | None):
         super().__init__(limit, stats)
         self._engine, self._process = engine, os.getpid()
-        self.sequences = [Sequence(index, request, self) for index, request in enumerate(requests)]
+        # By identity: a list of ids that several requests hold is one prompt, which is read once.
+        count = Counter(id(request.ids) for request in requests)
+        shared = {key: SharedPrompt() for key, requests_of_it in count.items() if requests_of_it > 1}
+        self.sequences = [Sequence(n, request, self, shared.get(id(request.ids))) for n, request in enumerate(requests)]
         self.ready: deque[Token | Exception] = deque()
         self._open = len(requests)
 
@@ -166,6 +169,7 @@ class Engine:
             state.end_turn()
 
     def _check(self, request: Request) -> None:
+        assert not request.given or len(request.given) == request.max_new_tokens
         if not request.ids or request.max_new_tokens < 1 or request.length > self.window:
             raise PromptError(
                 f"a prompt of {len(request.ids)} tokens and {request.max_new_tokens} new ones do not fit the window of "

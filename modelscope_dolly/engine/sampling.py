@@ -49,6 +49,11 @@ class Sampler:
         self.advance(token)
         return token
 
+    def take(self, logits: torch.Tensor, token: int) -> None:
+        """`token` is the next one, whatever would have been drawn from logits [V]."""
+        self.logprob = token_logprob(logits, token, self.sampling.logprobs or 0)
+        self.advance(token)
+
     def advance(self, token: int) -> None:
         """`token` is the next one; `draw` has drawn it with this sampler's settings."""
         self.draws += 1
