@@ -6,16 +6,18 @@ Everything goes through `TextGenerator.stream`; a list, one answer and a stream 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modelscope_dolly.answer_requests import ChoiceRequests, FittedPrompt, TextRequests, Update, score_request
+from modelscope_dolly.engine.constraints import Constraint
 from modelscope_dolly.engine.engine import Engine
-from modelscope_dolly.engine.sequence import Proposer, Request, TokenLogprob
-from modelscope_dolly.errors import PromptError, shown, unknown_name
-from modelscope_dolly.generation_settings import GenerationSettings
+from modelscope_dolly.engine.sequence import Proposer, TokenLogprob
+from modelscope_dolly.errors import PromptError, SettingError, is_whole, shown, unknown_name
+from modelscope_dolly.generation_settings import MOST_LOGPROBS, GenerationSettings
 from modelscope_dolly.prompt import DollyTokenizer, check_instruction, check_text, reduce_conversation
-from modelscope_dolly.text_stream import TextStream
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -72,25 +74,12 @@ def parse_input(value: Any, ignore_unknown: bool = False, context: str | None = 
     return Prompt(instruction, max(contexts, default=None, key=len))  # the one that is not empty
 
 
-@dataclass(frozen=True)
-class Update:
-    """News of one answer.
-
-    Attributes:
-        index: of the answer.
-        text: of the answer so far.
-        finish_reason: why it ended (`stop`, `length`); None while it goes on.
-        new_tokens: of the answer so far, without the one that ends it.
-        prompt_tokens: of its prompt.
-        logprobs: of each of the new tokens, where the settings ask for them.
-    """
-
-    index: int
-    text: str
-    finish_reason: str | None
-    new_tokens: int
-    prompt_tokens: int
-    logprobs: tuple[TokenLogprob, ...] | None = None
+def perplexity(logprob: float, tokens: int) -> float:
+    """exp of the mean negative log-probability; infinite where it is larger than any number."""
+    try:
+        return math.exp(-logprob / tokens)
+    except OverflowError:
+        return math.inf
 
 
 class TextGenerator:
@@ -101,6 +90,7 @@ class TextGenerator:
         tokenizer: of the network.
         prompt_lookup: makes a proposer of draft tokens from a prompt, where settings ask for it.
         lookup_by_default: what the setting "auto" means here.
+        forms: makes what keeps answers to a regex or a JSON schema, see structured.py.
     """
 
     def __init__(
@@ -109,9 +99,10 @@ class TextGenerator:
         tokenizer: DollyTokenizer,
         prompt_lookup: Callable[[Sequence[int]], Proposer] | None = None,
         lookup_by_default: bool = False,
+        forms: Callable[[str | None, Mapping | None], Callable[[], Constraint]] | None = None,
     ):
         self.engine, self.tokenizer = engine, tokenizer
-        self._prompt_lookup, self._lookup_by_default = prompt_lookup, lookup_by_default
+        self._prompt_lookup, self._lookup_by_default, self._forms = prompt_lookup, lookup_by_default, forms
 
     def stream(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> Iterator[Update]:
         """Yield an Update whenever the text of an answer grew and when it ended.
@@ -122,47 +113,43 @@ class TextGenerator:
             PromptError: an input leaves no room for an answer, see fit.
             HardwareError: see Engine.run.
         """
-        requests, streams = self._requests(prompts, settings)
-        texts = [""] * len(requests)
-        counts = [0] * len(requests)
-        logprobs: list[list[TokenLogprob]] = [[] for _ in requests]
-        for token in self.engine.run(requests, slots):
-            index, stream = token.index, streams[token.index]
-            if token.id not in requests[index].stop_ids:
-                counts[index] += 1
-                logprobs[index] += [token.logprob] if token.logprob else []
-            if token.finish_reason:
-                stream.finish()
-            text = stream.text if token.finish_reason else stream.texts.popleft()
-            if token.finish_reason or text != texts[index]:
-                texts[index] = text
-                prompt = prompts[index // settings.num_return_sequences]
-                head = f"{prompt.instruction}\n" if settings.return_full_text else ""
-                used = len(requests[index].ids)
-                given = tuple(logprobs[index]) if settings.logprobs is not None else None
-                yield Update(index, head + text, token.finish_reason, counts[index], used, given)
+        asked = self.requests(prompts, settings)
+        for token in self.engine.run(asked.requests, max(slots, asked.slots)):
+            if update := asked.update(token):
+                yield update
 
-    def _requests(
-        self, prompts: Sequence[Prompt], settings: GenerationSettings
-    ) -> tuple[list[Request], list[TextStream]]:
-        """One for each answer, and where its text comes together."""
-        requests: list[Request] = []
-        streams: list[TextStream] = []
+    def requests(
+        self, prompts: Sequence[Prompt | list[int]], settings: GenerationSettings
+    ) -> TextRequests | ChoiceRequests:
+        """What the engine is asked for these prompts, for a caller who submits it himself.
+
+        Args:
+            prompts: a list of token ids is continued as it is, and white space around the text is kept.
+            settings: of all answers.
+
+        Raises:
+            PromptError: as stream.
+            SettingError: a form that cannot be kept, see structured.py.
+        """
+        if settings.choices:
+            return ChoiceRequests(self.tokenizer, [self._fit(prompt, settings) for prompt in prompts], settings)
         lookup = settings.prompt_lookup if settings.prompt_lookup != "auto" else self._lookup_by_default
         proposer = self._prompt_lookup if lookup else None
-        bad_words = self._bad_words(settings)
-        for prompt in prompts:
-            ids, room = self.fit(prompt, settings)
-            for sampling in settings.samplings(bad_words):
-                stream = TextStream(self.tokenizer, tuple(settings.stop))
-                streams.append(stream)
-                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, stream.push, proposer))
-        return requests, streams
+        constraint = self._constraint(settings)
+        fitted = [self._fit(prompt, settings) for prompt in prompts]
+        return TextRequests(self.tokenizer, fitted, settings, proposer, constraint)
 
-    def _bad_words(self, settings: GenerationSettings) -> tuple[tuple[int, ...], ...]:
-        """Token ids of each word, at the beginning of a text and behind a space."""
-        spaced = [f" {word}" for word in settings.bad_words if not word[0].isspace()]
-        return tuple(tuple(self.tokenizer.encode_text(word)) for word in (*settings.bad_words, *spaced))
+    def _constraint(self, settings: GenerationSettings) -> Callable[[], Constraint] | None:
+        if settings.regex is None and settings.json_schema is None:
+            return None
+        if self._forms is None:
+            raise SettingError("regex and json_schema: this model was loaded without what keeps answers to a form")
+        return self._forms(settings.regex, settings.json_schema)
+
+    def _fit(self, prompt: Prompt | list[int], settings: GenerationSettings) -> FittedPrompt:
+        raw = not isinstance(prompt, Prompt)
+        whole = settings.return_full_text and not raw
+        return FittedPrompt(*self.fit(prompt, settings), f"{prompt.instruction}\n" if whole else "", raw)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> list[list[Update]]:
         """The last update of each answer, grouped by prompt."""
@@ -170,9 +157,62 @@ class TextGenerator:
         count = settings.num_return_sequences
         return [[last[prompt * count + i] for i in range(count)] for prompt in range(len(prompts))]
 
+    def score(self, ids: Sequence[int], begin: int, top: int = 0) -> list[TokenLogprob]:
+        """Log-probabilities of ids[begin:], each given all ids before it; of the `top` likeliest in their places, too.
+
+        Raises: as scores.
+        """
+        return self.scores([(ids, begin)], top, slots=1)[0]
+
+    def scores(
+        self, texts: Sequence[tuple[Sequence[int], int]], top: int = 0, slots: int = DEFAULT_SLOTS
+    ) -> list[list[TokenLogprob]]:
+        """`score` of several (ids, begin), `slots` at the same time. Nothing is generated.
+
+        Raises:
+            PromptError: nothing before `begin` or behind it, or more ids than the window has.
+            SettingError: `top` is out of range.
+        """
+        if not is_whole(top, 0, MOST_LOGPROBS):
+            raise SettingError(f"top is {shown(top)}, it must be a whole number, 0 to {MOST_LOGPROBS}")
+        requests = [score_request(ids[:begin], ids[begin:], top) for ids, begin in texts]
+        scores: list[list[TokenLogprob]] = [[] for _ in requests]
+        for token in self.engine.run(requests, slots):
+            scores[token.index].append(token.logprob)
+        return scores
+
+    def encode_answer(self, prompt: Prompt, answer: str, end: bool = False) -> tuple[list[int], int]:
+        """Ids of a prompt with its answer, and where the answer begins; for score.
+
+        Args:
+            end: with the blank line and the key that end an answer, all that is learned in training.
+
+        Raises:
+            PromptError: the answer is no text, or empty.
+        """
+        if not check_text("answer", answer):
+            raise PromptError("the answer is empty: there is nothing to score")
+        if not isinstance(end, bool):
+            raise SettingError(f"end is {shown(end)}, it must be True or False")
+        if end:
+            return self.tokenizer.encode_example(prompt.instruction, prompt.context, answer)
+        ids = self.tokenizer.encode(prompt.instruction, prompt.context)
+        return [*ids, *self.tokenizer.encode_text(answer)], len(ids)
+
     def details(self, update: Update) -> dict[str, Any]:
-        """What an output holds beside the text, as JSON has it: "logprobs", where they were asked for."""
-        return {} if update.logprobs is None else {"logprobs": [self.logprob_dict(one) for one in update.logprobs]}
+        """What an output holds beside the text, as JSON has it: "logprobs" and "choices", where they were asked for."""
+        found: dict[str, Any] = {}
+        if update.choices is not None:
+            found["choices"] = [choice._asdict() for choice in update.choices]
+        if update.logprobs is not None:
+            found["logprobs"] = [self.logprob_dict(one) for one in update.logprobs]
+        return found
+
+    def score_dict(self, score: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """{"logprob", "perplexity", "logprobs"} of an answer, see pipeline.DollyTextGenerationPipeline.score."""
+        total = math.fsum(one.logprob for one in score)
+        logprobs = [self.logprob_dict(one) for one in score]
+        return {"logprob": total, "perplexity": perplexity(total, len(score)), "logprobs": logprobs}
 
     def logprob_dict(self, logprob: TokenLogprob) -> dict[str, Any]:
         """{"id", "token", "logprob", "top": [the same of the likeliest]}; "token" is text, see prompt.token_text."""
@@ -182,22 +222,24 @@ class TextGenerator:
 
         return {**named(logprob.id, logprob.logprob), "top": [named(*pair) for pair in logprob.top]}
 
-    def fit(self, prompt: Prompt, settings: GenerationSettings) -> tuple[list[int], int]:
+    def fit(self, prompt: Prompt | list[int], settings: GenerationSettings) -> tuple[list[int], int]:
         """Prompt ids, and how many new tokens the window leaves for them (at most max_new_tokens).
 
         Raises:
             PromptError: not even one; the message has the counts.
         """
         window, wanted = self.engine.window, settings.max_new_tokens
-        ids = self.tokenizer.encode(prompt.instruction, prompt.context)
+        raw = not isinstance(prompt, Prompt)
+        ids = list(prompt) if raw else self.tokenizer.encode(prompt.instruction, prompt.context)
+        context = None if raw else prompt.context
         # A context gives way until the answer has what it wants, but not more than half of the window for it.
         limit = window - min(wanted, window // 2)
-        if settings.on_overflow == "truncate_context" and prompt.context and len(ids) > limit:
+        if settings.on_overflow == "truncate_context" and context and len(ids) > limit:
             ids = self._with_shorter_context(prompt, limit)
         room = window - len(ids)
         if room < 1:
-            whole = prompt.context and settings.on_overflow == "error"  # else all of a context has been cut already
-            remedy = 'context, or pass on_overflow="truncate_context"' if whole else "instruction"
+            whole = context and settings.on_overflow == "error"  # else all of a context has been cut already
+            remedy = 'context, or pass on_overflow="truncate_context"' if whole else "prompt" if raw else "instruction"
             raise PromptError(
                 f"the prompt has {len(ids)} tokens and the window {window}, which leaves no room for an answer; "
                 f"shorten the {remedy}"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,9 @@ class GenerationSettings:
         logprobs, min_p, presence_penalty, frequency_penalty, logit_bias, min_new_tokens: see engine/settings.Sampling.
         bad_words: texts that the answer must not hold, each as it is and with a space before it, as they are tokenised
             on their own.
+        choices: the answer is the likeliest of these texts.
+        regex: the answer matches this regular expression as a whole, unless it is cut at max_new_tokens.
+        json_schema: the answer is JSON that this schema allows, under the same condition; {} allows any JSON.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -69,6 +72,9 @@ class GenerationSettings:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: Sequence[str] = ()
     min_new_tokens: int = Sampling.min_new_tokens
+    choices: Sequence[str] = ()
+    regex: str | None = None
+    json_schema: Mapping[str, Any] | None = None
 
     def updated(self, keywords: Mapping[str, Any]) -> GenerationSettings:
         """These settings with `keywords` on top, all checked.
@@ -108,7 +114,7 @@ class GenerationSettings:
             **{name: int(getattr(self, name) or 0) for name in whole},
             **{name: float(getattr(self, name)) for name in real},
             **{name: int(getattr(self, name)) for name in optional if getattr(self, name) is not None},
-            **{name: tuple(_texts(getattr(self, name))) for name in ("stop", "bad_words")},
+            **{name: tuple(_texts(getattr(self, name))) for name in ("stop", "bad_words", "choices")},
             "logit_bias": {int(id): float(bias) for id, bias in (self.logit_bias or {}).items()},
         }
 
@@ -166,6 +172,30 @@ class GenerationSettings:
         if least and is_whole(self.max_new_tokens, 1, _MOST):
             fits = self.min_new_tokens <= self.max_new_tokens
             yield must(fits, "min_new_tokens", f"at most max_new_tokens, which is {self.max_new_tokens}")
+        yield from self._forms(must)
+
+    def _forms(self, must: Callable[[bool, str, str], tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
+        choices = _texts(self.choices)
+        several = choices is not None and len(set(choices)) == len(choices) and all(map(_is_unicode, choices))
+        yield must(several, "choices", "a list of texts, none empty and none twice")
+        regex = self.regex is None or (isinstance(self.regex, str) and self.regex and _is_unicode(self.regex))
+        yield must(bool(regex), "regex", "None or a regular expression that is not empty")
+        schema = self.json_schema is None or isinstance(self.json_schema, dict)
+        yield must(schema, "json_schema", "None or a JSON schema as a dict")
+        given = {"choices": bool(choices), "regex": self.regex is not None, "json_schema": self.json_schema is not None}
+        forms = [name for name, is_given in given.items() if is_given]
+        if len(forms) > 1:
+            yield must(False, forms[1], f"left out beside {forms[0]}: an answer has one form")
+        if forms:
+            # Each of them could end the answer before it is complete, or leave no token that may come next.
+            for name in ("stop", "bad_words", "min_new_tokens"):
+                value = getattr(self, name)
+                yield must(
+                    isinstance(value, (str, list, tuple, int)) and not value, name, f"left out beside {forms[0]}"
+                )
+        if choices:
+            alone = self.num_return_sequences
+            yield must(not is_whole(alone, 2, _MOST), "num_return_sequences", "1 beside choices: one of them is chosen")
 
 
 def _texts(value: Any) -> list[str] | tuple[str, ...] | None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from modelscope_dolly.engine.constraints import Constraint
 from modelscope_dolly.engine.settings import Sampling
 
 
@@ -22,13 +23,20 @@ class LogitsProcessors:
         sampling: their settings.
         prompt: ids of the prompt.
         stop_ids: that min_new_tokens rules out.
+        constraint: the form of the answer, or None.
 
     Attributes:
         seen: ids whose logits the repetition penalty changes; None without a penalty.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], stop_ids: frozenset[int] = frozenset()):
-        self._sampling = sampling
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        stop_ids: frozenset[int] = frozenset(),
+        constraint: Constraint | None = None,
+    ):
+        self._sampling, self._constraint = sampling, constraint
         self.seen = set(prompt) if sampling.repetition_penalty != 1.0 else None
         self._bias = _columns(sampling.logit_bias) if sampling.logit_bias else None
         counts = sampling.presence_penalty or sampling.frequency_penalty
@@ -54,7 +62,7 @@ class LogitsProcessors:
         return bool(penalties or sampling.logit_bias or sampling.bad_words or sampling.min_new_tokens)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """float32 logits [V] -> new ones; -inf for tokens that are ruled out."""
+        """float32 logits [V] -> new ones; -inf for tokens that are ruled out. Raises SettingError: see Constraint."""
         logits = logits.clone()
         if self._bias is not None:
             logits.index_add_(0, *(column.to(logits.device) for column in self._bias))
@@ -65,6 +73,8 @@ class LogitsProcessors:
             logits.index_add_(0, ids, -counts * self._sampling.frequency_penalty - self._sampling.presence_penalty)
         if ruled_out := self._ruled_out():
             logits.index_fill_(0, torch.cat(ruled_out).to(logits.device), -torch.inf)
+        if self._constraint is not None:
+            logits.masked_fill_(~self._constraint.allowed().to(logits.device), -torch.inf)
         return logits
 
     def advance(self, token: int) -> None:
@@ -76,6 +86,8 @@ class LogitsProcessors:
         if self._phrases:
             self._recent = [*self._recent, token][-(max(map(len, self._phrases)) - 1) :]
         self._until_stop = max(0, self._until_stop - 1)
+        if self._constraint is not None:
+            self._constraint.advance(token)
 
     def copy(self) -> LogitsProcessors:
         """Another one in the same state."""
@@ -83,6 +95,7 @@ class LogitsProcessors:
         twin.__dict__ = dict(self.__dict__)  # what is not copied below is never changed in place
         twin.seen = set(self.seen) if self.seen is not None else None
         twin._counts = Counter(self._counts) if self._counts is not None else None
+        twin._constraint = self._constraint.copy() if self._constraint is not None else None
         return twin
 
     def _ruled_out(self) -> list[torch.Tensor]:

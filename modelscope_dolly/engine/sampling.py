@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from modelscope_dolly.engine.constraints import Constraint
 from modelscope_dolly.engine.logits_processors import LogitsProcessors
 from modelscope_dolly.engine.logprobs import TokenLogprob, likeliest, token_logprob
 from modelscope_dolly.engine.settings import Sampling
@@ -25,21 +26,29 @@ class Sampler:
         sampling: the settings.
         prompt: ids of the prompt.
         stop_ids: ids that end the answer.
+        constraint: the form of the answer, or None.
 
     Attributes:
         logprob: of the token drawn last, by the logits as they were given; None where the settings do not ask for it.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], stop_ids: frozenset[int] = frozenset()):
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        stop_ids: frozenset[int] = frozenset(),
+        constraint: Constraint | None = None,
+    ):
         self.sampling = sampling
         self.draws = 0  # draws made so far
         self.logprob: TokenLogprob | None = None
-        needed = LogitsProcessors.needed(sampling)
-        self._processors = LogitsProcessors(sampling, prompt, stop_ids) if needed else None
+        self._constrained = constraint is not None
+        needed = self._constrained or LogitsProcessors.needed(sampling)
+        self._processors = LogitsProcessors(sampling, prompt, stop_ids, constraint) if needed else None
         self._seed = _mix(sampling.seed)
 
     def sample(self, logits: torch.Tensor) -> int:
-        """Logits [V] of any number type -> the next token id."""
+        """Logits [V] of any number type -> the next token id. Raises SettingError: see Constraint."""
         values = logits.float()
         if self._processors is not None:
             values = self._processors.apply(values)
@@ -64,7 +73,8 @@ class Sampler:
     def capturable(self) -> bool:
         """Whether `draw` draws as this sampler does."""
         sampling = self.sampling
-        return sampling.logprobs is None and not sampling.min_p and not LogitsProcessors.beyond_repetition(sampling)
+        beyond = self._constrained or sampling.min_p or LogitsProcessors.beyond_repetition(sampling)
+        return sampling.logprobs is None and not beyond
 
     def settings(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Whole numbers (key, draws, top_k, do_sample) and others (temperature, top_p, penalty) for `draw`."""

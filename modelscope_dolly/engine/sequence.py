@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from modelscope_dolly.engine.constraints import Constraint
 from modelscope_dolly.engine.logprobs import TokenLogprob
 from modelscope_dolly.engine.sampling import Sampler, Sampling
 
@@ -33,6 +34,7 @@ class Request:
         proposer: makes a proposer of draft tokens from the prompt; it changes the speed alone.
         given: ids behind the prompt. They are scored instead of drawing any: they come back as its tokens, with their
             log-probabilities. There are max_new_tokens of them.
+        constraint: makes what keeps the answer to a form.
     """
 
     ids: list[int]
@@ -42,6 +44,7 @@ class Request:
     on_token: Callable[[int], bool] | None = None
     proposer: Callable[[list[int]], Proposer] | None = None
     given: tuple[int, ...] = ()
+    constraint: Callable[[], Constraint] | None = None
 
     @property
     def length(self) -> int:
@@ -140,7 +143,8 @@ class Sequence:
         self.prefilled = 0
         self.ids = list(request.ids)
         self.known = [*request.ids, *request.given[:-1]] if request.given else request.ids
-        self.sampler = Sampler(request.sampling, request.ids, request.stop_ids)
+        constraint = request.constraint() if request.constraint else None
+        self.sampler = Sampler(request.sampling, request.ids, request.stop_ids, constraint)
         self.proposer = request.proposer(self.ids) if request.proposer else None
 
     @property
