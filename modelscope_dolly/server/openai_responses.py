@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelscope_dolly.generation import Update
+from modelscope_dolly.answer_requests import Update
 from modelscope_dolly.prompt import DollyTokenizer
 
 
@@ -65,8 +65,9 @@ class ChatFormat:
         return {
             "index": update.index,
             "message": message,
-            "logprobs": self._content(getattr(update, "logprobs", None)),
+            "logprobs": self._content(update.logprobs),
             "finish_reason": update.finish_reason,
+            **_chosen(update),
         }
 
     def begin(self, index: int) -> dict[str, Any] | None:
@@ -120,9 +121,9 @@ class CompletionFormat:
     def choice(self, update: Update) -> dict[str, Any]:
         prompt = update.index // self._answers
         before = self._scores[prompt] if self._scores else ()
-        logprobs = self._table([*before, *(getattr(update, "logprobs", None) or ())]) if self._logprobs else None
+        logprobs = self._table([*before, *(update.logprobs or ())]) if self._logprobs else None
         text = self._heads[prompt] + update.text
-        return self._choice(update.index, text, logprobs, update.finish_reason)
+        return {**self._choice(update.index, text, logprobs, update.finish_reason), **_chosen(update)}
 
     def begin(self, index: int) -> dict[str, Any] | None:
         head = self._heads[index // self._answers]
@@ -159,6 +160,11 @@ class CompletionFormat:
         return table
 
 
+def _chosen(update: Update) -> dict[str, Any]:
+    """What an answer was chosen from, a field of our own, where the request has `choices`."""
+    return {} if update.choices is None else {"choices": [choice._asdict() for choice in update.choices]}
+
+
 class Pieces:
     """The choices of stream events: what of each answer has not been sent yet."""
 
@@ -171,7 +177,7 @@ class Pieces:
         index, shown = update.index, self._texts.get(update.index)
         if shown is None and (begin := self._format.begin(index)):
             yield begin
-        logprobs = getattr(update, "logprobs", None)
+        logprobs = update.logprobs
         new = logprobs[self._logprobs.get(index, 0) :] if logprobs is not None else None
         if len(update.text) > (shown or 0) or new:
             yield self._format.piece(index, update.text[shown or 0 :], new, shown or 0)

@@ -6,7 +6,6 @@ import pytest
 from transformers import GPTNeoXForCausalLM
 
 from modelscope_dolly.evaluation.shared_prefix import Scorer
-from modelscope_dolly.generation import TextGenerator
 
 DOCUMENTS = [
     ("The capital of France is", [" Paris", " London", " a city in Europe"]),
@@ -15,7 +14,6 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.skipif(not hasattr(TextGenerator, "score"), reason="this version scores no prompts")
 def test_log_likelihoods_are_those_of_our_scorer(server, checkpoint_dir):
     lm_eval_models = pytest.importorskip("lm_eval.models.openai_completions", reason="needs the extra eval and api")
     from lm_eval.api.instance import Instance

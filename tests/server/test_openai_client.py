@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 
 import openai
 import pytest
 
-from modelscope_dolly.generation import GenerationSettings, Prompt
+from modelscope_dolly.generation import Prompt
+from modelscope_dolly.generation_settings import GenerationSettings
 from tests.support.serving import running
 
 ASK = [{"role": "user", "content": "Name three colours."}]
@@ -223,18 +225,14 @@ def test_exceptions_of_the_client_are_those_of_the_api(dolly):
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
-def test_log_probabilities_have_the_shape_of_the_api(server, client, endpoint, monkeypatch):
-    """With an engine that makes them, or one that stands for it."""
-    from tests.server.logprobs_stub import install
-
-    top = install(monkeypatch, server)
+def test_log_probabilities_have_the_shape_of_the_api(client, endpoint):
     if endpoint == "chat":
         found = client.chat.completions.create(
             model="dolly", messages=ASK, temperature=0, max_tokens=6, logprobs=True, top_logprobs=2
         )
         content = found.choices[0].logprobs.content
         assert len(content) == found.usage.completion_tokens
-        assert all(len(one.top_logprobs) == top for one in content)
+        assert all(len(one.top_logprobs) == 2 for one in content)
         assert all(bytes(one.bytes).decode("utf-8", "replace") for one in content)
         chunks = client.chat.completions.create(
             model="dolly", messages=ASK, temperature=0, max_tokens=6, logprobs=True, top_logprobs=2, stream=True
@@ -255,3 +253,29 @@ def test_log_probabilities_have_the_shape_of_the_api(server, client, endpoint, m
     assert "".join(scores.tokens) == echoed.choices[0].text == "The sky"
     assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
     assert all(value <= 0 for value in scores.token_logprobs[1:]) and echoed.usage.completion_tokens == 0
+
+
+def test_answers_keep_to_a_form_and_penalties_and_biases_are_obeyed(client):
+    asked = {"model": "dolly", "messages": ASK, "max_tokens": 12}
+
+    def text(**more) -> str:
+        return client.chat.completions.create(**asked, **more).choices[0].message.content
+
+    assert text(extra_body={"regex": "(red|blue)!"}) in ("red!", "blue!")
+    chosen = client.chat.completions.create(**asked, extra_body={"choices": ["red", "blue green"]}).choices[0]
+    assert chosen.message.content in ("red", "blue green") and len(chosen.model_extra["choices"]) == 2
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    assert isinstance(json.loads(text(response_format=form, seed=1, **{"extra_body": {"top_k": 1}}))["a"], bool)
+    assert text(temperature=0, logit_bias={"65": 100}) == "a" * 12
+    assert text(temperature=0, logit_bias={"65": 100}, frequency_penalty=2) == "a" * 12
+    assert len(set(text(temperature=0, presence_penalty=2, frequency_penalty=2))) > 3
+    with pytest.raises(openai.BadRequestError, match="logit_bias: there is no token"):
+        text(logit_bias={"999999": 1})
+    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
+        text(presence_penalty=3)
