@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from modelscope_dolly.engine.engine import Engine
-from modelscope_dolly.engine.sequence import Proposer, Request
+from modelscope_dolly.engine.sequence import Proposer, Request, Token
 from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
 from modelscope_dolly.errors import PromptError, SettingError, is_whole, shown, unknown_name
 from modelscope_dolly.prompt import DollyTokenizer, check_instruction, check_text, reduce_conversation
@@ -233,30 +233,23 @@ class TextGenerator:
             PromptError: an input leaves no room for an answer, see fit.
             HardwareError: see Engine.run.
         """
-        requests: list[Request] = []
-        streams: list[TextStream] = []
+        asked = self.requests(prompts, settings)
+        for token in self.engine.run(asked.requests, slots):
+            if update := asked.update(token):
+                yield update
+
+    def requests(self, prompts: Sequence[Prompt | list[int]], settings: GenerationSettings) -> TextRequests:
+        """What the engine is asked for these prompts, for a caller who submits it himself.
+
+        Args:
+            prompts: a list of token ids is continued as it is, and white space around the text is kept.
+            settings: of all answers.
+
+        Raises:
+            PromptError: as stream.
+        """
         lookup = settings.prompt_lookup if settings.prompt_lookup != "auto" else self._lookup_by_default
-        for prompt in prompts:
-            ids, room = self.fit(prompt, settings)
-            for sampling in settings.samplings():
-                stream = TextStream(self.tokenizer, tuple(settings.stop))
-                streams.append(stream)
-                proposer = self._prompt_lookup if lookup else None
-                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, stream.push, proposer))
-        texts = [""] * len(requests)
-        counts = [0] * len(requests)
-        for token in self.engine.run(requests, slots):
-            stream = streams[token.index]
-            counts[token.index] += token.id not in requests[token.index].stop_ids
-            if token.finish_reason:
-                stream.finish()
-            text = stream.text if token.finish_reason else stream.texts.popleft()
-            if token.finish_reason or text != texts[token.index]:
-                texts[token.index] = text
-                prompt = prompts[token.index // settings.num_return_sequences]
-                head = f"{prompt.instruction}\n" if settings.return_full_text else ""
-                used = len(requests[token.index].ids)
-                yield Update(token.index, head + text, token.finish_reason, counts[token.index], used)
+        return TextRequests(self, prompts, settings, self._prompt_lookup if lookup else None)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> list[list[Update]]:
         """The last update of each answer, grouped by prompt."""
@@ -264,22 +257,24 @@ class TextGenerator:
         count = settings.num_return_sequences
         return [[last[prompt * count + i] for i in range(count)] for prompt in range(len(prompts))]
 
-    def fit(self, prompt: Prompt, settings: GenerationSettings) -> tuple[list[int], int]:
+    def fit(self, prompt: Prompt | list[int], settings: GenerationSettings) -> tuple[list[int], int]:
         """Prompt ids, and how many new tokens the window leaves for them (at most max_new_tokens).
 
         Raises:
             PromptError: not even one; the message has the counts.
         """
         window, wanted = self.engine.window, settings.max_new_tokens
-        ids = self.tokenizer.encode(prompt.instruction, prompt.context)
+        raw = not isinstance(prompt, Prompt)
+        ids = list(prompt) if raw else self.tokenizer.encode(prompt.instruction, prompt.context)
+        context = None if raw else prompt.context
         # A context gives way until the answer has what it wants, but not more than half of the window for it.
         limit = window - min(wanted, window // 2)
-        if settings.on_overflow == "truncate_context" and prompt.context and len(ids) > limit:
+        if settings.on_overflow == "truncate_context" and context and len(ids) > limit:
             ids = self._with_shorter_context(prompt, limit)
         room = window - len(ids)
         if room < 1:
-            whole = prompt.context and settings.on_overflow == "error"  # else all of a context has been cut already
-            remedy = 'context, or pass on_overflow="truncate_context"' if whole else "instruction"
+            whole = context and settings.on_overflow == "error"  # else all of a context has been cut already
+            remedy = 'context, or pass on_overflow="truncate_context"' if whole else "prompt" if raw else "instruction"
             raise PromptError(
                 f"the prompt has {len(ids)} tokens and the window {window}, which leaves no room for an answer; "
                 f"shorten the {remedy}"
@@ -309,3 +304,46 @@ class TextGenerator:
                 high = middle
         log.warning("context cut from %d to %d characters to leave room for the answer", len(prompt.context), low)
         return best
+
+
+class TextRequests:
+    """The engine's requests for some prompts, and the text that their tokens become.
+
+    Attributes:
+        requests: for Engine.submit. Answer `i` of prompt `p` has index `p * num_return_sequences + i`.
+    """
+
+    def __init__(
+        self,
+        generator: TextGenerator,
+        prompts: Sequence[Prompt | list[int]],
+        settings: GenerationSettings,
+        proposer: Callable[[Sequence[int]], Proposer] | None,
+    ):
+        self.requests: list[Request] = []
+        self._streams: list[TextStream] = []
+        self._heads: list[str] = []
+        for prompt in prompts:
+            ids, room = generator.fit(prompt, settings)
+            whole = settings.return_full_text and isinstance(prompt, Prompt)
+            for sampling in settings.samplings():
+                stream = TextStream(generator.tokenizer, tuple(settings.stop), strip=isinstance(prompt, Prompt))
+                self._streams.append(stream)
+                self._heads.append(f"{prompt.instruction}\n" if whole else "")
+                stop_ids = generator.tokenizer.control.stop
+                self.requests.append(Request(ids, room, sampling, stop_ids, stream.push, proposer))
+        self._texts = [""] * len(self.requests)
+        self._counts = [0] * len(self.requests)
+
+    def update(self, token: Token) -> Update | None:
+        """Take the next token of the engine; an Update if the text of its answer grew or ended."""
+        index = token.index
+        stream, request = self._streams[index], self.requests[index]
+        self._counts[index] += token.id not in request.stop_ids
+        if token.finish_reason:
+            stream.finish()
+        text = stream.text if token.finish_reason else stream.texts.popleft()
+        if not token.finish_reason and text == self._texts[index]:
+            return None
+        self._texts[index] = text
+        return Update(index, self._heads[index] + text, token.finish_reason, self._counts[index], len(request.ids))

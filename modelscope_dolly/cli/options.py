@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
 from modelscope_dolly.errors import SettingError
@@ -35,6 +35,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draft", metavar="MODEL", help="a smaller model with the same vocabulary, for draft tokens")
 
 
+def add_slots(parser: argparse._ActionsContainer, default: str) -> None:
+    parser.add_argument(
+        "--slots", type=int, metavar="N", help=f"answers worked on at the same time (default: {default})"
+    )
+
+
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
     add = group.add_argument
@@ -56,11 +62,22 @@ def model_name(options: argparse.Namespace) -> str | None:
     return options.model or os.environ.get(MODEL_VARIABLE)
 
 
+def required_model_name(options: argparse.Namespace) -> str:
+    """As model_name. Raises SettingError where none is named."""
+    if not (model := model_name(options)):
+        raise SettingError(f"no model named: pass --model DIRECTORY_OR_HUB_ID, or set {MODEL_VARIABLE}")
+    return model
+
+
+def load_keywords(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options of a command say to load.load."""
+    names = ("device", "dtype", "quantize", "threads", "draft", "slots")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
 def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
     """The model and the settings of its answers. Raises DollyError."""
-    model = model_name(options)
-    if not model:
-        raise SettingError(f"no model named: pass --model DIRECTORY_OR_HUB_ID, or set {MODEL_VARIABLE}")
+    model = required_model_name(options)
     from modelscope_dolly.checkpoint.download import locate
     from modelscope_dolly.generation import GenerationSettings
     from modelscope_dolly.load import load
@@ -70,5 +87,4 @@ def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
     if options.prompt_lookup is not None:
         given["prompt_lookup"] = {"on": True, "off": False}.get(options.prompt_lookup, options.prompt_lookup)
     settings = GenerationSettings().updated({**given, "do_sample": not options.greedy})
-    keywords = {name: getattr(options, name) for name in ("device", "dtype", "quantize", "threads", "draft")}
-    return load(locate(model, options.revision), **keywords), settings
+    return load(locate(model, options.revision), **load_keywords(options)), settings

@@ -65,6 +65,12 @@ class Runner:
         """Whether there is memory for a cache of that size."""
         return self._has_memory(*self._size(slots, length))
 
+    def capacity(self, length: int) -> int:
+        """How many slots of such a length there is memory for, the present cache given back."""
+        held = self.cache.slots * self.cache.length * self.net.cache_bytes
+        each = self._size(1, length)[1] * self.net.cache_bytes
+        return int(CACHE_SHARE * (free_memory(self.device) + held) / max(1, each))
+
     def _has_memory(self, slots: int, length: int) -> bool:
         places = slots * length - self.cache.slots * self.cache.length
         return places <= 0 or places * self.net.cache_bytes <= CACHE_SHARE * free_memory(self.device)
