@@ -111,10 +111,11 @@ def load(
         torch.set_num_threads(choose_threads(threads).value)
     checkpoint = open_checkpoint(path, verify)
     method = _quantization(checkpoint, requested)
-    number_type = choose_number_type(checkpoint, chosen.value, dtype, method)
+    drafting = _open_draft(checkpoint, draft, verify) if draft is not None else None
+    number_type = choose_number_type(checkpoint, chosen.value, dtype, method, drafting)
     place, number = chosen.value, number_type.value
     # The draft first: the room it takes is then gone when the network's own need is compared with what is free.
-    draft_model = _load_draft(checkpoint, draft, number, place, verify, requested) if draft is not None else None
+    draft_model = _load_draft(drafting, number, place, requested) if drafting is not None else None
     if device_map is None:
         log.info("device %s; weights in %s", chosen, number_type)
         if place.type == "cpu":
@@ -144,11 +145,16 @@ def choose_number_type(
     device: torch.device,
     requested: str | torch.dtype | None = None,
     quantize: str | None = None,
+    draft: Checkpoint | None = None,
 ) -> Choice:
-    """hardware.choose_dtype, knowing what float32 takes here: bfloat16 weights stay so where our kernels compute."""
+    """hardware.choose_dtype, knowing what float32 takes here: bfloat16 weights stay so where our kernels compute.
+
+    A draft has the number type of the network: float32 must have room for both.
+    """
     if quantize or checkpoint.quantization:
         return choose_dtype(device, requested)  # it decides about the embedding alone
     need, method = held_bytes(checkpoint, torch.float32, device)
+    need += held_bytes(draft, torch.float32, device)[0] if draft is not None else 0
     how = "; linear weights stay in bfloat16, as stored, and are multiplied in float32" if method else ""
     return choose_dtype(device, requested, need, how)
 
@@ -161,15 +167,8 @@ def held_bytes(
     return weight_bytes(checkpoint.config, dtype.itemsize, method), method
 
 
-def _load_draft(
-    checkpoint: Checkpoint,
-    draft: str,
-    dtype: torch.dtype,
-    place: torch.device,
-    verify: bool,
-    quantize: str | None,
-) -> DraftModel:
-    """The draft network for the one in `checkpoint`. Raises SettingError where their vocabularies differ."""
+def _open_draft(checkpoint: Checkpoint, draft: str, verify: bool) -> Checkpoint:
+    """The draft for the network in `checkpoint`. Raises SettingError where their vocabularies differ."""
     other = open_checkpoint(locate(draft), verify)
     sizes = checkpoint.config.vocab_size, other.config.vocab_size
     tokens, other_tokens = (one.tokenizer.tokenizer.get_vocab() for one in (checkpoint, other))
@@ -179,8 +178,12 @@ def _load_draft(
             f"draft {draft!r} has another vocabulary than {checkpoint.path} ({found}); "
             "a draft must be a smaller model of the same family, such as dolly-v2-3b for dolly-v2-12b"
         )
-    log.info("draft from %s", other.path)
-    return DraftModel(load_network(other, dtype, {"": place}, _quantization(other, quantize)))
+    return other
+
+
+def _load_draft(draft: Checkpoint, dtype: torch.dtype, place: torch.device, quantize: str | None) -> DraftModel:
+    log.info("draft from %s", draft.path)
+    return DraftModel(load_network(draft, dtype, {"": place}, _quantization(draft, quantize)))
 
 
 def load_network(

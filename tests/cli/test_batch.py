@@ -54,19 +54,8 @@ def answers_in(path: Path) -> list[dict]:
 
 def batch(source: Path, output: Path, model: str, *more: str, seed: int | None = 5) -> list[str]:
     seeds = [] if seed is None else ["--seed", str(seed)]
-    return [
-        "batch",
-        str(source),
-        str(output),
-        "--model",
-        model,
-        "--max-new-tokens",
-        "30",
-        "--slots",
-        "8",
-        *seeds,
-        *more,
-    ]
+    shape = ["--max-new-tokens", str(NEW_TOKENS), "--slots", "8"]
+    return ["batch", str(source), str(output), "--model", model, *shape, *seeds, *more]
 
 
 def test_killed_at_any_moment_the_same_command_ends_with_the_bytes_of_an_uninterrupted_run(
@@ -161,7 +150,7 @@ def test_a_file_that_no_batch_has_made_is_left_alone(model, source, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("source", "output", "more", "says"),
+    ("name", "output", "more", "says"),
     [
         ("in.jsonl", "out.txt", [], "its name must end in .jsonl"),
         ("in.jsonl", "in.jsonl", [], "would be written over the input"),
@@ -173,11 +162,12 @@ def test_a_file_that_no_batch_has_made_is_left_alone(model, source, tmp_path, ca
         ("in.jsonl", "out.jsonl", ["--format", "csv"], "unknown format 'csv'"),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_written(model, source, tmp_path, capsys, monkeypatch, output, more, says):
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    model, source, tmp_path, capsys, monkeypatch, name, output, more, says
+):
     (tmp_path / "directory.jsonl").mkdir()
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    name = "none.jsonl" if says.startswith("none") else "in.jsonl"
     assert main(["batch", name, output, "--model", model, *more]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("dolly: ") and says in line
@@ -227,7 +217,7 @@ def test_instructions_come_from_a_pipe_one_a_line(model, tmp_path):
     output = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "modelscope_dolly.cli", "batch", "-", str(output), "--model", model, "--greedy"]
     command += ["--max-new-tokens", "5", "--order", "input"]
-    for _ in range(2):
+    for _ in range(2):  # the second time nothing is left to do
         done = subprocess.run(command, input="Name a colour.\n\nName a river.\n", capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
     assert [row["index"] for row in answers_in(output)] == [0, 1]
