@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 from modelscope.models.base import Model
 from modelscope.msdatasets import MsDataset
-from modelscope.outputs import OutputKeys
 from modelscope.pipelines.base import Pipeline
 from modelscope.pipelines.builder import PIPELINES
 from modelscope.utils.constant import Frameworks
@@ -18,16 +17,10 @@ from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.errors import SettingError, is_whole, shown, unknown_name
 from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, parse_input
 from modelscope_dolly.model import MODEL_OPTIONS, DollyForTextGeneration
+from modelscope_dolly.task_shapes import as_input, message, output, refuse_keywords
 
 _CONFIGURATION = Path(__file__).with_name("configuration.json")
 _GENERATION_OPTIONS = tuple(GenerationSettings.__dataclass_fields__)
-#: Keywords of ModelScope's schemas of text generation and chat that this pipeline does not have -> what to do instead.
-_REFUSED = {
-    "max_length": "it counts the prompt, too; give max_new_tokens, which counts the answer alone",
-    "eos_token_id": "an answer ends at the end tokens of the checkpoint; give stop for a text that ends it earlier",
-    "bos_token_id": "a prompt begins as dolly was trained; leave it out",
-    "pad_token_id": "prompts are not padded; leave it out",
-}
 
 
 @PIPELINES.register_module(TASK, module_name=PIPELINE_TYPE, force=True)
@@ -55,7 +48,7 @@ class DollyTextGenerationPipeline(Pipeline):
         trust_remote_code: bool = False,
         **options: Any,
     ):
-        _refuse_keywords(options)
+        refuse_keywords(options)
         for name in options:
             if name not in MODEL_OPTIONS + _GENERATION_OPTIONS:
                 raise SettingError(unknown_name("pipeline option", name, MODEL_OPTIONS + _GENERATION_OPTIONS))
@@ -103,9 +96,9 @@ class DollyTextGenerationPipeline(Pipeline):
         slots = int(batch_size or DEFAULT_SLOTS)
         if isinstance(input, MsDataset):
             return self._rows(input, context, settings, slots)
-        value = _conversation(input)
+        value = as_input(input)
         many = isinstance(value, list)
-        inputs = [_conversation(each) for each in value] if many else [value]
+        inputs = [as_input(each) for each in value] if many else [value]
         prompts = [parse_input(each, context=context) for each in inputs]
         answers = list(self._answers(inputs, prompts, settings, slots))
         return answers if many else answers[0]
@@ -117,12 +110,12 @@ class DollyTextGenerationPipeline(Pipeline):
         settings = self._settings(keywords)
         if settings.num_return_sequences != 1:
             raise SettingError("a stream is one answer: num_return_sequences must be 1")
-        value = _conversation(input)
+        value = as_input(input)
         updates = self.model.stream(parse_input(value, context=context), settings)
         return (self._output(value, update.text) for update in updates)
 
     def _settings(self, keywords: dict[str, Any]) -> GenerationSettings:
-        _refuse_keywords(keywords)
+        refuse_keywords(keywords)
         return self.settings.updated(keywords)
 
     def _rows(self, rows: MsDataset, context: str | None, settings: GenerationSettings, slots: int) -> Iterator[Any]:
@@ -145,9 +138,7 @@ class DollyTextGenerationPipeline(Pipeline):
 
     def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
         """An answer in the form that belongs to its input."""
-        if isinstance(value, Mapping) and "messages" in value:
-            return _message(text)
-        return {OutputKeys.TEXT: text}
+        return output(value, text)
 
     def _get_framework(self) -> str:
         """For the base class, which would read it from a configuration.json that may not be there."""
@@ -163,29 +154,12 @@ def _unused(value: Any) -> Any:
     return value
 
 
-def _message(text: str) -> dict[str, str | dict[str, str]]:
-    return {"message": {"role": "assistant", "content": text}}
-
-
-def _conversation(value: Any) -> Any:
-    """{"messages": value} for a list of messages, which is how ModelScope's server hands over a conversation."""
-    if isinstance(value, list) and value and all(isinstance(each, Mapping) and "role" in each for each in value):
-        return {"messages": value}
-    return value
-
-
-def _refuse_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raises SettingError for those that ModelScope's schemas advertise and that mean nothing here."""
-    if found := [name for name in keywords if name in _REFUSED]:
-        raise SettingError("; ".join(f"{name} is not a keyword of dolly: {_REFUSED[name]}" for name in found))
-
-
 @PIPELINES.register_module(CHAT_TASK, module_name=PIPELINE_TYPE, force=True)
 class DollyChatPipeline(DollyTextGenerationPipeline):
     """The same pipeline for Tasks.chat: each answer is {"message": {"role": "assistant", "content": answer}}."""
 
     def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
-        return _message(text)
+        return message(text)
 
 
 def dolly_pipeline(
