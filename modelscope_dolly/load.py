@@ -36,6 +36,7 @@ from modelscope_dolly.hardware import (
     choose_dtype,
     choose_threads,
     cpu_computes_bf16,
+    release_threads,
 )
 from modelscope_dolly.kernels import cpu
 from modelscope_dolly.kernels.quantized_linear import METHODS, PackedLinear, is_linear, parse_quantize, replace_linears
@@ -131,6 +132,7 @@ def load(
     if place.type == "cuda" and device_map is None and decode_mode() != "plain":
         engine.capture = GraphCapture(net, place)
     text_generator = TextGenerator(engine, checkpoint.tokenizer, PromptLookup, in_float32(net))
+    release_threads()  # another thread may be the one that asks
     return Dolly(checkpoint, net, place, number, text_generator)
 
 

@@ -14,7 +14,7 @@ from modelscope_dolly.errors import SettingError, shown, unknown_name
 PEERS = ("hf", "hf-compile", "ctranslate2", "llamacpp", "vllm")
 FORMATS = ("none", "int8", "int4")
 #: Flags that choose another measurement than speed; one at a time.
-MODES = ("mixed", "quality", "cold", "lookup", "draft", "callers")
+MODES = ("mixed", "quality", "cold", "lookup", "draft", "callers", "serve")
 #: Of anything that is counted on the command line.
 _MOST = 1_000_000
 #: peer=interpreter pairs, separated by commas, as with --peer-python.
@@ -46,6 +46,7 @@ class BenchSettings:
     lookup: bool = False
     draft: str | None = None
     callers: tuple[int, ...] | None = None
+    serve: tuple[int, ...] | None = None
     data: str | None = None
     tokenizer: str | None = None
     records: int | None = None
@@ -71,6 +72,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--callers", nargs="?", const="1,8,16,32", metavar="N,N",
         help="threads with one question each, beside one list of as many; a stream's longest pause (1,8,16,32)",
+    )  # fmt: skip
+    what.add_argument(
+        "--serve", nargs="?", const="1,8,32", metavar="N,N",
+        help="dolly serve with N clients beside the engine itself, vLLM and llama-server (1,8,32)",
     )  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--device", help="cpu or cuda:N (default: first GPU, else CPU)")
@@ -142,7 +147,8 @@ def settings_of(options: argparse.Namespace) -> BenchSettings:
     if options.keep is not None and os.path.lexists(options.keep) and not os.path.isdir(options.keep):
         raise SettingError(f"--keep {options.keep}: not a directory")
     values |= {"shape": None if options.model else options.shape or "3b", "batches": _sizes("batch", options.batches)}
-    values["callers"] = _sizes("callers", options.callers) if options.callers is not None else None
+    for name in ("callers", "serve"):
+        values[name] = _sizes(name, values[name]) if values[name] is not None else None
     values |= {"dtypes": tuple(options.dtypes.split(",")) if options.dtypes else ()}
     return BenchSettings(**{**values, "peer_python": _interpreters(options.peer_python)})
 

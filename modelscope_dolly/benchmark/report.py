@@ -191,6 +191,22 @@ def _callers(results: dict) -> list[str]:
     ]  # fmt: skip
 
 
+def _serve(results: dict) -> list[str]:
+    part, settings = results["serve"], results["settings"]
+    table = _table(part["rows"], [
+        _ENGINE, _FORMAT, ("clients", _text("clients")), ("requests/s", _number("requests_per_s", 2)),
+        ("tok/s", _number("tokens_per_s", 1)), ("of engine", _share("share")),
+        ("first ms", _number("first_p50_s", 0, 1000)), ("p95", _number("first_p95_s", 0, 1000)),
+        ("between ms", _number("between_p50_s", 1, 1000)), ("p95", _number("between_p95_s", 1, 1000)),
+    ])  # fmt: skip
+    return [
+        f"{settings['prompt_tokens']} prompt and up to {settings['new_tokens']} new tokens, each client asks "
+        f"{part['requests']} times in turn, {_repeats(results)}", "", *table, "",
+        "first, between: to the first token and between two, median and 95 % of them",
+        *_missing(part["missing"]),
+    ]  # fmt: skip
+
+
 def _quality(results: dict) -> list[str]:
     part = results["quality"]
     table = _table(part["rows"], [
@@ -215,5 +231,6 @@ _PARTS = {
     "lookup": _lookup,
     "draft": _draft,
     "callers": _callers,
+    "serve": _serve,
     "quality": _quality,
 }

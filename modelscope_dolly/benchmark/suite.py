@@ -17,6 +17,7 @@ from modelscope_dolly.benchmark import (
     mixed_lengths,
     prompt_lookup_speed,
     quantization_quality,
+    server_speed,
 )
 from modelscope_dolly.benchmark.bench_options import MODES, BenchSettings
 from modelscope_dolly.benchmark.bench_run import BenchRun
@@ -26,6 +27,7 @@ from modelscope_dolly.benchmark.process import progress
 _MEASUREMENTS = {
     "speed": engine_timing.measure, "mixed": mixed_lengths.measure, "cold": cold_start.measure,
     "lookup": prompt_lookup_speed.measure, "draft": draft_model_speed.measure, "callers": many_callers.measure,
+    "serve": server_speed.measure,
 }  # fmt: skip
 
 
@@ -38,7 +40,7 @@ def run_benchmark(settings: BenchSettings, results: dict | None = None) -> dict:
 
     Returns:
         command, date, machine, settings, limits; then `rows` and `missing` (speed), `mixed`, `cold`, `lookup`, `draft`,
-        `callers` or `quality`. Seconds and bytes unless a name says otherwise.
+        `callers`, `serve` or `quality`. Seconds and bytes unless a name says otherwise.
 
     Raises:
         DollyError: our own engine cannot do it, or a setting is wrong. A peer that fails has an `error` in its row.

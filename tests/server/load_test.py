@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from tests.support.raw_http import Connection, Reply
+from modelscope_dolly.benchmark.raw_http import Connection, Reply
 from train.nano import write_base
 
 KEY, SLOTS, QUEUE, MOST_BYTES = "the-right-key", 8, 24, 1 << 16
@@ -41,13 +41,12 @@ CHAT = "/v1/chat/completions"
 #: How often a client does what.
 BEHAVIOURS = {
     "whole": 30, "streamed": 30, "slow reader": 6, "leaves a stream": 10, "leaves before the answer": 6,
-    "malformed": 6, "too large": 3, "wrong key": 5, "unknown path": 2, "burst": 2,
+    "malformed": 6, "too large": 3, "wrong key": 5, "unknown": 2, "burst": 2,
 }  # fmt: skip
 #: Outcomes in the server's metrics for replies that the clients see.
 OUTCOMES = {400: "invalid", 401: "unauthorized", 404: "not_found", 413: "too_large", 429: "refused"}
 MALFORMED = (
     b"", b"{", b"[]", b"\xff", b'{"model": "dolly"}', b'{"model": "dolly", "messages": 3}', b"[" * 9000,
-    b'{"model": "other", "messages": [{"role": "user", "content": "x"}]}',
     b'{"model": "dolly", "messages": [{"role": "user", "content": "x"}], "temperature": "hot"}',
     b'{"model": "dolly", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}',
 )  # fmt: skip
@@ -117,7 +116,9 @@ class Client:
         elif name == "wrong key":
             await self._wrong(401, json.dumps(self._asked[0]).encode(), key=self._rng.choice(["no", KEY + "x", None]))
         else:
-            await self._wrong(404, b"{}", path="/v1/embeddings")
+            other = json.dumps(self._asked[0] | {"model": "other"}).encode()
+            body, path = self._rng.choice([(b"{}", "/v1/embeddings"), (other, CHAT)])
+            await self._wrong(404, body, path)
 
     async def _answer(self, name: str) -> None:
         number, stream = self._rng.randrange(len(self._asked)), name != "whole"
@@ -279,7 +280,7 @@ def compare_counts(before: dict[str, float], after: dict[str, float], seen: Seen
 
 async def measure(port: int, process: psutil.Process, seconds: float, clients: int) -> dict[str, Any]:
     """Load after a warm-up, and all comparisons."""
-    warm = await load(port, max(5.0, seconds / 6), clients, seed=1)
+    warm = await load(port, max(10.0, seconds / 6), clients, seed=1)
     before, memory = await settled(port), process.memory_info().rss
     begun = time.monotonic()
     seen = await load(port, seconds, clients, seed=2)
