@@ -1,7 +1,7 @@
 """From a checkpoint directory to a model that answers, on one device or spread over several.
 
-The one place that joins the network with weights, quantised layers, speculative decoding and CUDA graphs. Knows nothing
-of ModelScope: model.py and pipeline.py adapt it, the command line uses it directly.
+The one place that joins the network with weights, quantised layers, speculative decoding, CUDA graphs and forms. Knows
+nothing of ModelScope: model.py and pipeline.py adapt it, the command line uses it directly.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from modelscope_dolly.hardware import (
 from modelscope_dolly.kernels import cpu
 from modelscope_dolly.kernels.quantized_linear import METHODS, PackedLinear, is_linear, parse_quantize, replace_linears
 from modelscope_dolly.placement import check_device_map, check_memory, device_of, plan_placement, spread
+from modelscope_dolly.structured import Forms
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -131,7 +132,8 @@ def load(
     engine = Engine(net, place, window, partial(SpeculativeDecoding, draft=draft_model), slots=slots)
     if place.type == "cuda" and device_map is None and decode_mode() != "plain":
         engine.capture = GraphCapture(net, place)
-    text_generator = TextGenerator(engine, checkpoint.tokenizer, PromptLookup, in_float32(net))
+    forms = Forms(checkpoint.tokenizer, checkpoint.config.vocab_size)
+    text_generator = TextGenerator(engine, checkpoint.tokenizer, PromptLookup, in_float32(net), forms)
     release_threads()  # another thread may be the one that asks
     return Dolly(checkpoint, net, place, number, text_generator)
 

@@ -15,7 +15,7 @@ from modelscope.utils.constant import Frameworks
 from modelscope_dolly import CHAT_TASK, PIPELINE_TYPE, TASK
 from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.errors import SettingError, is_whole, shown, unknown_name
-from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, parse_input
+from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Update, parse_input
 from modelscope_dolly.model import MODEL_OPTIONS, DollyForTextGeneration
 from modelscope_dolly.task_shapes import as_input, message, output, refuse_keywords
 
@@ -85,15 +85,16 @@ class DollyTextGenerationPipeline(Pipeline):
 
         Returns:
             {"text": answer}, for a conversation {"message": {"role": "assistant", "content": answer}}; a list of it for
-            num_return_sequences > 1; a list of these for a list; a generator of these for an MsDataset.
+            num_return_sequences > 1; a list of these for a list; a generator of these for an MsDataset. With logprobs=N
+            each has "logprobs", too: for each token {"id": ..., "token": its text, "logprob": ..., "top": [the same of
+            the N likeliest, likeliest first]}; with choices=[...] "choices": for each {"text": ..., "logprob": mean of
+            its tokens, "probability": ...}.
 
         Raises:
             PromptError, SettingError.
         """
-        if batch_size is not None and not is_whole(batch_size, 1, 2**31 - 1):
-            raise SettingError(f"batch_size is {shown(batch_size)}, it must be a whole number of at least 1")
+        slots = _slots(batch_size)
         settings = self._settings(keywords)
-        slots = int(batch_size or DEFAULT_SLOTS)
         if isinstance(input, MsDataset):
             return self._rows(input, context, settings, slots)
         value = as_input(input)
@@ -103,16 +104,49 @@ class DollyTextGenerationPipeline(Pipeline):
         answers = list(self._answers(inputs, prompts, settings, slots))
         return answers if many else answers[0]
 
-    def stream_generate(
-        self, input: Any, context: str | None = None, **keywords: Any
-    ) -> Iterator[dict[str, str | dict[str, str]]]:
+    def stream_generate(self, input: Any, context: str | None = None, **keywords: Any) -> Iterator[dict[str, Any]]:
         """Yield what a call returns, with the answer so far, as it grows; the last one is the whole answer."""
         settings = self._settings(keywords)
         if settings.num_return_sequences != 1:
             raise SettingError("a stream is one answer: num_return_sequences must be 1")
         value = as_input(input)
         updates = self.model.stream(parse_input(value, context=context), settings)
-        return (self._output(value, update.text) for update in updates)
+        return (self._output(value, update) for update in updates)
+
+    # Not as a preprocessor of the base class: a score has other parameters than an answer.
+    def score(
+        self,
+        input: Any,
+        answer: str | list[str],
+        context: str | None = None,
+        top: int = 0,
+        end: bool = False,
+        batch_size: int | None = None,
+    ) -> Any:
+        """How likely a given answer is. Nothing is generated.
+
+        Args:
+            input: as of a call; a list of inputs for a list of answers.
+            answer: to be scored.
+            context: as of a call.
+            top: give so many of the likeliest tokens in each place, too.
+            end: score the end of the answer, too, as it is learned in training.
+            batch_size: answers scored at the same time (default 8).
+
+        Returns:
+            {"logprob": of the whole answer, "perplexity": exp(-mean per token), "logprobs": as of a call}; a list of it
+            for a list of answers.
+
+        Raises:
+            PromptError, SettingError.
+        """
+        slots = _slots(batch_size)
+        many = isinstance(answer, (list, tuple))
+        inputs = list(input) if many and isinstance(input, (list, tuple)) else [input]
+        prompts = [parse_input(as_input(each), context=context) for each in inputs]
+        scores = self.model.score(prompts, answer if many else [answer], top, end, slots)
+        outputs = [self.model.text_generator.score_dict(score) for score in scores]
+        return outputs if many else outputs[0]
 
     def _settings(self, keywords: dict[str, Any]) -> GenerationSettings:
         refuse_keywords(keywords)
@@ -133,12 +167,12 @@ class DollyTextGenerationPipeline(Pipeline):
         self, inputs: Iterable[Any], prompts: list[Prompt], settings: GenerationSettings, slots: int
     ) -> Iterator[Any]:
         for value, updates in zip(inputs, self.model.generate(prompts, settings, slots), strict=True):
-            outputs = [self._output(value, update.text) for update in updates]
+            outputs = [self._output(value, update) for update in updates]
             yield outputs[0] if len(outputs) == 1 else outputs
 
-    def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
+    def _output(self, value: Any, update: Update) -> dict[str, Any]:
         """An answer in the form that belongs to its input."""
-        return output(value, text)
+        return {**output(value, update.text), **self.model.text_generator.details(update)}
 
     def _get_framework(self) -> str:
         """For the base class, which would read it from a configuration.json that may not be there."""
@@ -147,6 +181,13 @@ class DollyTextGenerationPipeline(Pipeline):
     def postprocess(self, inputs: dict, **parameters: Any) -> dict:
         """Required by the base class; outputs are complete already."""
         return inputs
+
+
+def _slots(batch_size: int | None) -> int:
+    """Raises SettingError."""
+    if batch_size is not None and not is_whole(batch_size, 1, 2**31 - 1):
+        raise SettingError(f"batch_size is {shown(batch_size)}, it must be a whole number of at least 1")
+    return int(batch_size or DEFAULT_SLOTS)
 
 
 def _unused(value: Any) -> Any:
@@ -158,8 +199,8 @@ def _unused(value: Any) -> Any:
 class DollyChatPipeline(DollyTextGenerationPipeline):
     """The same pipeline for Tasks.chat: each answer is {"message": {"role": "assistant", "content": answer}}."""
 
-    def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
-        return message(text)
+    def _output(self, value: Any, update: Update) -> dict[str, Any]:
+        return {**message(update.text), **self.model.text_generator.details(update)}
 
 
 def dolly_pipeline(

@@ -15,7 +15,7 @@ from modelscope_dolly.files import write_json
 if TYPE_CHECKING:
     from modelscope_dolly.batch.input_rows import InputRows
     from modelscope_dolly.batch.output_paths import OutputPaths
-    from modelscope_dolly.generation import GenerationSettings
+    from modelscope_dolly.generation_settings import GenerationSettings
     from modelscope_dolly.load import Dolly
 
 

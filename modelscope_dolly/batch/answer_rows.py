@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+from modelscope_dolly.answer_requests import ChoiceRequests, TextRequests
 from modelscope_dolly.batch.input_rows import Row
 from modelscope_dolly.batch.row_file import RowFile
 from modelscope_dolly.engine.engine import SLOTS, Call
 from modelscope_dolly.errors import PromptError
-from modelscope_dolly.generation import GenerationSettings, TextGenerator, TextRequests
+from modelscope_dolly.generation import TextGenerator
+from modelscope_dolly.generation_settings import GenerationSettings
 
 #: Rows that the engine knows of, for each slot: a slot whose answer has ended takes the next at once.
 AHEAD = 2
@@ -77,7 +79,8 @@ def answer_rows(
         rows: to be answered.
         generator: answers them.
         settings: of all answers; `seed` is that of the batch.
-        answers: gets index, text, finish_reason, prompt_tokens, new_tokens and seed of each answer.
+        answers: gets index, text, finish_reason, prompt_tokens, new_tokens and seed of each answer, and its
+            log-probabilities or choices where the settings have them.
         problems: gets index, line and error of each row that asks nothing that can be answered.
         progress: told of each row.
 
@@ -108,7 +111,7 @@ def answer_rows(
                 update = one.text.update(token)
                 if update and update.finish_reason:
                     facts = {name: getattr(update, name) for name in _FACTS}
-                    answers.append({"index": one.row.index, **facts, "seed": one.seed})
+                    answers.append({"index": one.row.index, **facts, "seed": one.seed, **generator.details(update)})
                     progress.add(update.new_tokens)
                     del asked[call]
         submit()
@@ -131,4 +134,4 @@ class _Asked:
         if settings.do_sample and settings.seed is not None:
             self.seed = row_seed(settings.seed, row.index)
             settings = dataclasses.replace(settings, seed=self.seed)
-        self.text: TextRequests = generator.requests([row.prompt], settings)
+        self.text: TextRequests | ChoiceRequests = generator.requests([row.prompt], settings)

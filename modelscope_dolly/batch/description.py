@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.errors import SettingError, shown
 from modelscope_dolly.files import file_kind, read_json
-from modelscope_dolly.generation import SEEDS, GenerationSettings
+from modelscope_dolly.generation_settings import SEEDS, GenerationSettings
 from modelscope_dolly.hardware import dtype_name
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import copy
 import os
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ from modelscope_dolly.engine.deferred_signals import DeferredSignals
 from modelscope_dolly.engine.gpt_neox import GPTNeoX
 from modelscope_dolly.engine.runner import Runner, StepCapture
 from modelscope_dolly.engine.scheduler import PREFILL_TOKENS, Scheduler, Speculation
-from modelscope_dolly.engine.sequence import Group, Request, RunStats, Sequence, Token
+from modelscope_dolly.engine.sequence import Group, Request, RunStats, Sequence, SharedPrompt, Token
 from modelscope_dolly.engine.step_timer import StepTimer
-from modelscope_dolly.errors import DollyError, HardwareError, PromptError
+from modelscope_dolly.errors import DollyError, HardwareError, PromptError, SettingError
 from modelscope_dolly.hardware import release_threads
 
 #: Sequences that run at the same time, unless a caller says so.
@@ -44,7 +44,10 @@ class Call(Group):
     def __init__(self, engine: Engine, requests: list[Request], limit: int, stats: RunStats | None):
         super().__init__(limit, stats)
         self._engine, self._process = engine, os.getpid()
-        self.sequences = [Sequence(index, request, self) for index, request in enumerate(requests)]
+        # By identity: a list of ids that several requests hold is one prompt, which is read once.
+        count = Counter(id(request.ids) for request in requests)
+        shared = {key: SharedPrompt() for key, requests_of_it in count.items() if requests_of_it > 1}
+        self.sequences = [Sequence(n, request, self, shared.get(id(request.ids))) for n, request in enumerate(requests)]
         self.ready: deque[Token | Exception] = deque()
         self._open = len(requests)
 
@@ -144,6 +147,7 @@ class Engine:
 
         Raises:
             PromptError: a prompt is empty or does not fit the window with its new tokens.
+            SettingError: a token that the network does not have, or no token is left to be drawn.
             HardwareError: there is no memory for one of them, even if nobody else asked.
         """
         for request in requests:
@@ -259,11 +263,18 @@ class Engine:
             state.end_turn()
 
     def _check(self, request: Request) -> None:
+        assert not request.given or len(request.given) == request.max_new_tokens
         if not request.ids or request.max_new_tokens < 1 or request.length > self.window:
             raise PromptError(
                 f"a prompt of {len(request.ids)} tokens and {request.max_new_tokens} new ones do not fit the window of "
                 f"{self.window}; both must be at least 1"
             )
+        vocabulary, sampling = self.net.config.vocab_size, request.sampling
+        unknown = [id for id in sampling.logit_bias if not 0 <= id < vocabulary]
+        if unknown:
+            raise SettingError(f"logit_bias: there is no token {unknown[0]}; ids are 0 to {vocabulary - 1}")
+        if len({word[-1] for word in sampling.bad_words} | request.stop_ids) >= vocabulary:
+            raise SettingError(f"bad_words: they may rule out all {vocabulary} tokens; give fewer")
 
 
 def _new_lock() -> None:

@@ -486,7 +486,7 @@ def test_a_server_is_compared_with_the_engine_and_missing_peers_say_why(kept):
     found = json.loads(json.dumps(run_benchmark(settings(kept, serve=(1, 3), peers=("llamacpp",), repeats=1))))
     rows = {(row["engine"], row["clients"]): row for row in found["serve"]["rows"]}
     assert set(rows) == {(name, count) for name in ("dolly engine", "dolly server") for count in (1, 3)}
-    for (name, count), row in rows.items():
+    for (_, count), row in rows.items():
         assert row["tokens_per_s"] == pytest.approx(6 * row["requests_per_s"])  # all answers have their length
         assert 0 < row["first_p50_s"] <= row["first_p95_s"] and 0 < row["between_p50_s"] <= row["between_p95_s"]
         assert row["share"] == row["tokens_per_s"] / rows["dolly engine", count]["tokens_per_s"]
