@@ -35,6 +35,7 @@ from modelscope_dolly.hardware import (
     choose_dtype,
     choose_threads,
     cpu_computes_bf16,
+    release_threads,
 )
 from modelscope_dolly.kernels import cpu
 from modelscope_dolly.kernels.quantized_linear import (
@@ -142,10 +143,11 @@ def _load(
 ) -> Dolly:
     """As load, of a checkpoint that is open."""
     method = _quantization(checkpoint, requested)
-    number_type = choose_number_type(checkpoint, chosen.value, dtype, method)
+    drafting = _open_draft(checkpoint, draft, verify) if draft is not None else None
+    number_type = choose_number_type(checkpoint, chosen.value, dtype, method, drafting)
     place, number = chosen.value, number_type.value
     # The draft first: the room it takes is then gone when the network's own need is compared with what is free.
-    draft_model = _load_draft(checkpoint, draft, number, place, verify, requested) if draft is not None else None
+    draft_model = _load_draft(drafting, number, place, requested) if drafting is not None else None
     if device_map is None:
         log.info("device %s; weights in %s", chosen, number_type)
         if place.type == "cpu":
@@ -165,6 +167,7 @@ def _load(
             engine.capture = GraphCapture(net, place)
     forms = Forms(checkpoint.tokenizer, checkpoint.config.vocab_size)
     text_generator = TextGenerator(engine, checkpoint.tokenizer, PromptLookup, in_float32(net), forms)
+    release_threads()  # another thread may be the one that asks
     return Dolly(checkpoint, net, place, number, text_generator)
 
 
@@ -179,11 +182,16 @@ def choose_number_type(
     device: torch.device,
     requested: str | torch.dtype | None = None,
     quantize: str | None = None,
+    draft: Checkpoint | None = None,
 ) -> Choice:
-    """hardware.choose_dtype, knowing what float32 takes here: bfloat16 weights stay so where our kernels compute."""
+    """hardware.choose_dtype, knowing what float32 takes here: bfloat16 weights stay so where our kernels compute.
+
+    A draft has the number type of the network: float32 must have room for both.
+    """
     if quantize or checkpoint.quantization:
         return choose_dtype(device, requested)  # it decides about the embedding alone
     need, method = held_bytes(checkpoint, torch.float32, device)
+    need += held_bytes(draft, torch.float32, device)[0] if draft is not None else 0
     how = "; linear weights stay in bfloat16, as stored, and are multiplied in float32" if method else ""
     return choose_dtype(device, requested, need, how)
 
@@ -196,23 +204,9 @@ def held_bytes(
     return weight_bytes(checkpoint.config, dtype.itemsize, method), method
 
 
-def _load_draft(
-    checkpoint: Checkpoint,
-    draft: str,
-    dtype: torch.dtype,
-    place: torch.device,
-    verify: bool | str,
-    quantize: str | None,
-) -> DraftModel:
-    """The draft network for the one in `checkpoint`. Raises SettingError where their vocabularies differ."""
-    other = open_checkpoint(locate(draft), verify, wait=False)
-    with other.verified():
-        _check_draft(checkpoint, other, draft)
-        log.info("draft from %s", other.path)
-        return DraftModel(load_network(other, dtype, {"": place}, _quantization(other, quantize)))
-
-
-def _check_draft(checkpoint: Checkpoint, other: Checkpoint, draft: str) -> None:
+def _open_draft(checkpoint: Checkpoint, draft: str, verify: bool | str) -> Checkpoint:
+    """The draft for the network in `checkpoint`. Raises SettingError where their vocabularies differ."""
+    other = open_checkpoint(locate(draft), verify)
     sizes = checkpoint.config.vocab_size, other.config.vocab_size
     tokens, other_tokens = (one.tokenizer.vocabulary() for one in (checkpoint, other))
     if sizes[0] != sizes[1] or tokens != other_tokens:
@@ -221,6 +215,12 @@ def _check_draft(checkpoint: Checkpoint, other: Checkpoint, draft: str) -> None:
             f"draft {draft!r} has another vocabulary than {checkpoint.path} ({found}); "
             "a draft must be a smaller model of the same family, such as dolly-v2-3b for dolly-v2-12b"
         )
+    return other
+
+
+def _load_draft(draft: Checkpoint, dtype: torch.dtype, place: torch.device, quantize: str | None) -> DraftModel:
+    log.info("draft from %s", draft.path)
+    return DraftModel(load_network(draft, dtype, {"": place}, _quantization(draft, quantize)))
 
 
 def load_network(

@@ -17,9 +17,9 @@ PACKAGE, RECIPE = ROOT / "modelscope_dolly", ROOT / "train"
 
 #: Files and folders of the package, lowest first. Each imports only what stands before it.
 ORDER = (
-    "errors", "task_shapes", "files", "hardware", "prompt", "text_stream", "kernels", "engine", "generation_settings",
-    "answer_requests", "generation", "structured", "checkpoint", "placement", "legacy_uploads", "load", "server",
-    "model", "pipeline", "evaluation", "benchmark", "cli",
+    "errors", "task_shapes", "files", "locks", "hardware", "prompt", "text_stream", "kernels", "engine",
+    "generation_settings", "answer_requests", "generation", "structured", "checkpoint", "placement", "legacy_uploads",
+    "load", "server", "model", "pipeline", "batch", "evaluation", "benchmark", "cli",
 )  # fmt: skip
 #: The way from a prompt to its text.
 CORE = (

@@ -124,6 +124,15 @@ def test_memory_for_draft_and_network_must_be_there_together(checkpoint_dir, mon
     assert len(asked) == 2
 
 
+def test_float32_is_chosen_where_network_and_draft_fit_together(checkpoint_dir, monkeypatch):
+    checkpoint, cpu = open_checkpoint(checkpoint_dir), torch.device("cpu")
+    need = loading.held_bytes(checkpoint, torch.float32, cpu)[0]
+    for free, alone, together in ((2.1 * need, "float32", "bfloat16"), (2.6 * need, "float32", "float32")):
+        monkeypatch.setattr(hardware, "free_memory", lambda device=None, free=free: int(free))
+        assert str(loading.choose_number_type(checkpoint, cpu).value) == f"torch.{alone}"
+        assert str(loading.choose_number_type(checkpoint, cpu, draft=checkpoint).value) == f"torch.{together}"
+
+
 @pytest.fixture(scope="module")
 def stored_in_bf16(tmp_path_factory, tokenizer):
     target = tmp_path_factory.mktemp("bf16") / "dolly"

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import DollyError, PublishError
 from modelscope_dolly.files import check_disk
+from modelscope_dolly.locks import FileLock
 from train.config import Resolved, add_flags, resolve
 from train.data.collate import PassDataset
 from train.distributed import check_agreement, is_first_process, launch_alone, print_first, rank, world_size
@@ -46,7 +47,7 @@ from train.training.report import METRICS, draw_loss, summary
 from train.training.resume_choice import ResumeChoice, choose_resume, origin_of
 from train.training.run_directory import FINAL, finish, prepare_directory
 from train.training.run_json import record_start
-from train.training.run_lock import RunLock, locked
+from train.training.run_lock import locked
 from train.training.trainer import DollyTrainer
 
 _PEER_EXITED = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
@@ -180,7 +181,7 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     return Setup(resolved, data, choice, origin, resume, start)
 
 
-def train(setup: Setup, lock: RunLock | None = None) -> DollyTrainer:
+def train(setup: Setup, lock: FileLock | None = None) -> DollyTrainer:
     """Train from the base model or a checkpoint to the last step.
 
     Args:

@@ -14,7 +14,7 @@ from modelscope_dolly.errors import SettingError, shown, unknown_name
 PEERS = ("hf", "hf-compile", "ctranslate2", "llamacpp", "vllm")
 FORMATS = ("none", "int8", "int8-dynamic", "int4")
 #: Flags that choose another measurement than speed; one at a time.
-MODES = ("mixed", "quality", "cold", "lookup", "draft")
+MODES = ("mixed", "quality", "cold", "lookup", "draft", "callers", "serve")
 #: How much larger the large channels are; those of real networks are 20 to 60 times the others.
 _OUTLIERS = 30.0
 #: Of anything that is counted on the command line.
@@ -48,6 +48,8 @@ class BenchSettings:
     cold: bool = False
     lookup: bool = False
     draft: str | None = None
+    callers: tuple[int, ...] | None = None
+    serve: tuple[int, ...] | None = None
     data: str | None = None
     tokenizer: str | None = None
     records: int | None = None
@@ -75,6 +77,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--cold", action="store_true", help="from the start of a process to its first token, by phase")
     what.add_argument("--lookup", action="store_true", help="draft tokens from the prompt, on the records of --data")
     what.add_argument("--draft", metavar="SHAPE_OR_DIR", help="acceptance rate from which this draft model pays")
+    what.add_argument(
+        "--callers", nargs="?", const="1,8,16,32", metavar="N,N",
+        help="threads with one question each, beside one list of as many; a stream's longest pause (1,8,16,32)",
+    )  # fmt: skip
+    what.add_argument(
+        "--serve", nargs="?", const="1,8,32", metavar="N,N",
+        help="dolly serve with N clients beside the engine itself, vLLM and llama-server (1,8,32)",
+    )  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--device", help="cpu or cuda:N (default: first GPU, else CPU)")
     how.add_argument(
@@ -148,7 +158,9 @@ def settings_of(options: argparse.Namespace) -> BenchSettings:
             raise SettingError(f"--{name} {values[name]}: no such file")
     if options.keep is not None and os.path.lexists(options.keep) and not os.path.isdir(options.keep):
         raise SettingError(f"--keep {options.keep}: not a directory")
-    values |= {"shape": None if options.model else options.shape or "3b", "batches": _sizes(options.batches)}
+    values |= {"shape": None if options.model else options.shape or "3b", "batches": _sizes("batch", options.batches)}
+    for name in ("callers", "serve"):
+        values[name] = _sizes(name, values[name]) if values[name] is not None else None
     values |= {"dtypes": tuple(options.dtypes.split(",")) if options.dtypes else ()}
     return BenchSettings(**{**values, "peer_python": _interpreters(options.peer_python)})
 
@@ -161,11 +173,11 @@ def _names(kind: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _sizes(text: str) -> tuple[int, ...]:
+def _sizes(name: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     wrong = [part for part in parts if not re.fullmatch("[0-9]{1,4}", part) or not 1 <= int(part) <= 1024]
     if wrong:
-        raise SettingError(f"--batch {text!r}: {wrong[0]!r} is not a whole number from 1 to 1024")
+        raise SettingError(f"--{name} {text!r}: {wrong[0]!r} is not a whole number from 1 to 1024")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

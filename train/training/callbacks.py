@@ -15,10 +15,10 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from modelscope_dolly.errors import DollyError
+from modelscope_dolly.locks import FileLock
 from train.data.batch_plan import BatchPlan
 from train.training.checkpoints import writing
 from train.training.report import cut_metrics
-from train.training.run_lock import RunLock
 
 #: Seconds between lines of progress where there is no terminal.
 PROGRESS_INTERVAL = 20.0
@@ -124,7 +124,7 @@ class StopOnBadLoss(TrainerCallback):
 class StopWithoutLock(TrainerCallback):
     """Stop before a step is saved in a directory that another run has taken over; see run_lock.py."""
 
-    def __init__(self, lock: RunLock | None):
+    def __init__(self, lock: FileLock | None):
         self.lock = lock
 
     def on_step_end(self, args, state, control, **keywords):

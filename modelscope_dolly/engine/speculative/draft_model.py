@@ -96,6 +96,7 @@ class DraftRun:
     def __init__(self, draft: DraftModel, runner: Runner, prefill_tokens: int):
         self.draft, self._runner, self._prefill_tokens = draft, runner, prefill_tokens
         self.cache = draft.net.new_cache()
+        runner.add_cache(self.cache, draft.net.cache_bytes)
 
     def seconds(self, sequences: int) -> float:
         """Of a step that drafts one token for each of `sequences`; by the networks' sizes until it is measured."""
