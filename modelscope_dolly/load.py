@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.download import locate, locate_adapter
 from modelscope_dolly.checkpoint.memory import weight_bytes
 from modelscope_dolly.checkpoint.reader import Checkpoint, open_checkpoint
-from modelscope_dolly.checkpoint.weights import WeightFile, read_tensors
+from modelscope_dolly.checkpoint.weights import WeightFile
 from modelscope_dolly.engine.cuda_graphs import GraphCapture, decode_mode
 from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.gpt_neox import GPTNeoX, parameter_shapes
@@ -70,6 +70,7 @@ def load(
     quantize: str | None = None,
     threads: int | None = None,
     draft: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> Dolly:
     """Load a checkpoint directory.
 
@@ -83,6 +84,8 @@ def load(
         threads: of the CPU, for the whole process; see hardware.choose_threads.
         draft: directory or hub id of a smaller model of the family with the same vocabulary; it proposes draft tokens
             for this one to verify. It lies on the same device, in the same number type, quantised the same way.
+        adapter: directory or hub id (owner/name, or owner/name@tag) of a LoRA adapter of this base model; it is merged
+            while the weights are read, before they are quantised. Another base is refused.
 
     Raises:
         CheckpointError, HardwareError, SettingError.
@@ -98,7 +101,7 @@ def load(
     draft = path_of("draft", draft) if draft is not None else None
     if threads is not None or chosen.value.type == "cpu":
         torch.set_num_threads(choose_threads(threads).value)
-    checkpoint = open_checkpoint(path, verify)
+    checkpoint = open_checkpoint(path, verify, locate_adapter(adapter) if adapter is not None else None)
     method = _quantization(checkpoint, requested)
     number_type = choose_number_type(checkpoint, chosen.value, dtype, method)
     place, number = chosen.value, number_type.value
@@ -197,7 +200,7 @@ def load_network(
         net.cache_dtype = cache_dtype(net, method)
     # disable=None: a bar on a terminal, nothing in a log file
     with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
-        for name, tensor in read_tensors(checkpoint.tensors):
+        for name, tensor in checkpoint.read_tensors():
             owner, _, leaf = name.rpartition(".")
             module = net.get_submodule(owner)
             if isinstance(module, PackedLinear):
@@ -254,7 +257,9 @@ def _packing(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, An
 
 
 def _stored_in_bf16(checkpoint: Checkpoint) -> bool:
-    """Whether all linear weights are bfloat16 in their files."""
+    """Whether all linear weights are bfloat16 in their files, and nothing is added to them."""
+    if checkpoint.adapter:
+        return False
     shapes = parameter_shapes(checkpoint.config)
     linear = [place for name, place in checkpoint.tensors.items() if is_linear(name, shapes[name])]
     files = {file: WeightFile(file) for file, _ in linear}

@@ -23,7 +23,7 @@ from train.data.validate import CheckedRecords, check_records, split
 from train.planning.memory import Job
 from train.publishing.publish_settings import PublishSettings
 from train.training import packed_attention
-from train.training.lora import Lora, read_lora
+from train.training.lora import Lora, check_base, read_lora
 from train.training.loss import response_loss
 
 
@@ -72,7 +72,8 @@ class PreparedData:
     @property
     def job(self) -> Job:
         """The input of the memory arithmetic."""
-        return Job(self.network, self.plan.largest.tokens, lora_rank=self.lora.r if self.lora else 0)
+        adapters = {"lora_rank": self.lora.r, "lora_targets": self.lora.targets, "lora_bits": self.lora.bits}
+        return Job(self.network, self.plan.largest.tokens, **(adapters if self.lora else {}))
 
     def summary(self) -> dict:
         """Figures for people, for `train.plan --json`, and for run.json."""
@@ -109,6 +110,8 @@ def prepare(config: TrainConfig, world: int, batching: Batching | None = None) -
     base = locate(config.model, config.model_revision)
     network = read_config(base)
     tokenizer = read_tokenizer(base, add_keys=True)
+    if lora:
+        check_base(config.model, network, len(tokenizer.tokenizer))
     network.vocab_size = len(tokenizer.tokenizer)
     if config.max_length > network.max_position_embeddings:
         raise SettingError(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.checkpoint.adapter import Adapter, check_base, open_adapter
 from modelscope_dolly.checkpoint.config import read_config, read_quantization
 from modelscope_dolly.checkpoint.download import repair_hint
 from modelscope_dolly.checkpoint.tokenizer import check_vocabulary, read_tokenizer
-from modelscope_dolly.checkpoint.weights import TensorLocations, locate_tensors, weight_files
+from modelscope_dolly.checkpoint.weights import TensorLocations, locate_tensors, read_tensors, weight_files
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.errors import CheckpointError
 from modelscope_dolly.files import file_kind, path_of
@@ -21,6 +24,7 @@ from modelscope_dolly.kernels.quantized_linear import stored_shapes
 from modelscope_dolly.prompt import DollyTokenizer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GPTNeoXConfig
 
 log = logging.getLogger("modelscope.dolly")
@@ -37,6 +41,7 @@ class Checkpoint:
         tensors: name of each parameter -> (file, name inside that file).
         quantization: "int8" or "int4" where the linear layers are stored so (see kernels/quantized_linear.py), else
             None.
+        adapter: to be merged while the weights are read; config and tokenizer are those of the result.
     """
 
     path: Path
@@ -44,15 +49,24 @@ class Checkpoint:
     tokenizer: DollyTokenizer
     tensors: TensorLocations
     quantization: str | None = None
+    adapter: Adapter | None = None
 
     @property
     def parameters(self) -> int:
         """Number of weights."""
         return sum(math.prod(shape) for shape in parameter_shapes(self.config).values())
 
+    def read_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor on the CPU) of every parameter, the adapter merged. Copy one before asking for the next."""
+        tensors = read_tensors(self.tensors)
+        return self.adapter.merged(tensors, self.config.vocab_size) if self.adapter else tensors
 
-def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
+
+def open_checkpoint(path: str | Path, verify: bool = True, adapter: str | Path | None = None) -> Checkpoint:
     """Check everything but the values of the weights, in seconds; with `verify` also the manifest, where there is one.
+
+    With an adapter the directory is its base model, which need not know the keys of dolly: the vocabulary becomes that
+    of training.
 
     Raises:
         CheckpointError: names the file, what was found, what was expected, and the command that repairs it.
@@ -67,8 +81,9 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
         files = weight_files(path)
         if verify:
             raise_problems(manifest.differences(path, [*_side_files(path), *(file.name for file in files)]))
-        tokenizer = read_tokenizer(path)
-        check_vocabulary(path, config, tokenizer)
+        tokenizer = read_tokenizer(path, add_keys=adapter is not None)
+        if adapter is None:
+            check_vocabulary(path, config, tokenizer)
         tensors = tensor_locations(path, config)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {repair_hint(path)}") from error.__cause__
@@ -77,7 +92,29 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
             "%s: no recorded checksums (%s), so a changed weight cannot be noticed; to record those of files that you "
             "trust: dolly check --write-manifest %s", path, manifest.NAME, shlex.quote(str(path)),
         )  # fmt: skip
-    return Checkpoint(path, config, tokenizer, tensors, read_quantization(path))
+    checkpoint = Checkpoint(path, config, tokenizer, tensors, read_quantization(path))
+    return checkpoint if adapter is None else _with_adapter(checkpoint, adapter, files, verify)
+
+
+def _with_adapter(base: Checkpoint, adapter: str | Path, weights: list[Path], verify: bool) -> Checkpoint:
+    """The base with an adapter to be merged. Raises CheckpointError unless they belong together."""
+    if base.quantization:
+        raise CheckpointError(
+            f"{base.path}: is quantised to {base.quantization}, and an adapter is added to full weights; give the "
+            f"checkpoint it was made from, with quantize={base.quantization!r}"
+        )
+    if base.config.tie_word_embeddings:
+        raise CheckpointError(f"{base.path}: ties its embeddings, which no adapter here is for")
+    vocabulary, rows = len(base.tokenizer.tokenizer), base.config.vocab_size
+    opened = open_adapter(adapter, parameter_shapes(base.config), vocabulary, verify)
+    check_base(opened, base.path, weights, verify)
+    if missing := sorted(set(range(rows, vocabulary)) - opened.new_rows(rows)):
+        raise CheckpointError(
+            f"{opened.path}: neither it nor {base.path} has embeddings of {len(missing)} tokens, among them token "
+            f"{missing[0]}"
+        )
+    base.config.vocab_size = vocabulary
+    return dataclasses.replace(base, adapter=opened)
 
 
 def tensor_locations(path: Path, config: GPTNeoXConfig) -> TensorLocations:

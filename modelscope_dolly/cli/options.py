@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from modelscope_dolly.load import Dolly
 
 MODEL_VARIABLE = "DOLLY_MODEL"
+#: Options of a model that load.load takes under the same name.
+MODEL_KEYWORDS = ("device", "dtype", "quantize", "threads", "draft", "adapter")
 
 
 def add_revision(parser: argparse._ActionsContainer) -> None:
@@ -33,6 +35,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantize", help="none, int8 or int4: smaller and faster on a CPU, less exact (default: none)")
     group.add_argument("--threads", type=int, help="of the CPU (default: physical cores)")
     group.add_argument("--draft", metavar="MODEL", help="a smaller model with the same vocabulary, for draft tokens")
+    group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of this model, merged while it is loaded")
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
@@ -70,5 +73,5 @@ def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
     if options.prompt_lookup is not None:
         given["prompt_lookup"] = {"on": True, "off": False}.get(options.prompt_lookup, options.prompt_lookup)
     settings = GenerationSettings().updated({**given, "do_sample": not options.greedy})
-    keywords = {name: getattr(options, name) for name in ("device", "dtype", "quantize", "threads", "draft")}
+    keywords = {name: getattr(options, name) for name in MODEL_KEYWORDS}
     return load(locate(model, options.revision), **keywords), settings

@@ -411,14 +411,15 @@ def test_float32_on_gpus_needs_wider_weights_and_deepspeeds_copy():
 
 def test_disk_holds_the_kept_checkpoints_one_more_and_the_model():
     what = job("12b")
-    assert checkpoint_bytes(what.parameters) / GIB == pytest.approx(154, rel=0.01)
-    one, final = checkpoint_bytes(what.parameters), final_bytes(what.parameters)
+    assert checkpoint_bytes(what.parameters, 3) / GIB == pytest.approx(154, rel=0.01)
+    one, final = checkpoint_bytes(what.parameters, 3), final_bytes(what.parameters)
     assert final / GIB == pytest.approx(22.1, rel=0.01)
-    assert disk_need(what, steps=616, save_every=200, keep=2) == 3 * one + final
-    assert disk_need(what, steps=616, save_every=200, keep=20) == 4 * one + final
-    assert disk_need(what, steps=100, save_every=200, keep=2) == one + final
-    adapted = job("12b", lora_rank=16)
-    assert disk_need(adapted, 616, 200, 2) == 3 * 14 * adapted.adapters + final
+    assert disk_need(what, steps=616, save_every=200, keep=2, checkpoint=one) == 3 * one + final
+    assert disk_need(what, steps=616, save_every=200, keep=20, checkpoint=one) == 4 * one + final
+    assert disk_need(what, steps=100, save_every=200, keep=2, checkpoint=one) == one + final
+    assert [checkpoint_bytes(1, *way) for way in ((0, "bf16", False), (2, "bf16"), (2, "fp32"), (0, "fp32"))] == [
+        12, 16, 20, 16
+    ]  # fmt: skip
 
 
 def test_activations_are_kept_where_they_fit_and_only_then():
