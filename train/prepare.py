@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,11 +70,20 @@ class PreparedData:
     plan: BatchPlan
     lora: Lora | None
 
+    @cached_property
+    def most_labels(self) -> int:
+        """Response tokens of the pass that has most of them, which need not be the one with most tokens."""
+        labels = [len(ids) - prompt for ids, prompt in self.examples]
+        passes = (records for step in self.plan.steps for rank in step for records in rank)
+        return max(sum(labels[i] for i in records) for records in passes)
+
     @property
     def job(self) -> Job:
         """The input of the memory arithmetic."""
-        adapters = {"lora_rank": self.lora.r, "lora_targets": self.lora.targets, "lora_bits": self.lora.bits}
-        return Job(self.network, self.plan.largest.tokens, **(adapters if self.lora else {}))
+        job = Job(self.network, self.plan.largest.tokens, self.most_labels)
+        if self.lora is None:
+            return job
+        return replace(job, lora_rank=self.lora.r, lora_targets=self.lora.targets, lora_bits=self.lora.bits)
 
     def summary(self) -> dict:
         """Figures for people, for `train.plan --json`, and for run.json."""

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modelscope_dolly.checkpoint import manifest
 from modelscope_dolly.checkpoint.weights import WeightFile
@@ -144,11 +144,40 @@ def open_adapter(
     return Adapter(path, scaling, digest, name, pairs, rows)
 
 
-def adapter_rank(path: Path) -> tuple[int, float]:
-    """(r, alpha) of an adapter directory, or of a checkpoint that peft wrote. Raises CheckpointError."""
+class AdapterFacts(NamedTuple):
+    """What an adapter says about itself."""
+
+    rank: int
+    alpha: float
+    base_name: str
+    base_digest: str
+
+
+def check_alone(path: Path) -> AdapterFacts:
+    """Check an adapter that is to be published, as far as that is possible without its base; reads every number.
+
+    Raises:
+        CheckpointError: damaged, of another kind, or without a record of its base.
+    """
     config = read_json(path / CONFIG)
     _scaling(path / CONFIG, config)
-    return config["r"], float(config["lora_alpha"])
+    if file_kind(path / WEIGHTS) != "file":
+        raise CheckpointError(f"{path / WEIGHTS}: missing, or not a regular file")
+    if messages := manifest.differences(path):
+        raise CheckpointError(messages[0])
+    digest, name = _read_base(path)
+    if digest is None:
+        raise CheckpointError(f"{path / BASE}: missing: an adapter is published with the digest of its base")
+    weights = WeightFile(path / WEIGHTS)
+    for stored in weights.names:
+        tensor, known = stored.removeprefix(_PREFIX), stored.startswith(_PREFIX)
+        if not known or not (_LORA.fullmatch(tensor) or tensor in _ROWS):
+            raise CheckpointError(
+                f"{path / WEIGHTS}: unexpected tensor {shown(stored, 100)}, not an adapter of a dolly"
+            )
+        if not weights.tensor(stored).isfinite().all():
+            raise CheckpointError(f"{path / WEIGHTS}: {stored} holds numbers that are not finite")
+    return AdapterFacts(config["r"], float(config["lora_alpha"]), name or "", digest)
 
 
 def write_base(directory: Path, name: str, digest: str) -> None:

@@ -30,6 +30,9 @@ LOGIT = 12
 QUANTISED = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 #: DeepSpeed's default sub_group_size: ZeRO 3 updates that many weights at a time.
 SUB_GROUP = 10**9
+#: What a process takes on a CPU whatever the size of the network: threads, the Trainer, its Python objects. Measured
+#: with train.memory_table on the nano model.
+PROCESS = 12 << 20
 #: Rows of the dolly keys, which adapters cannot reach: they are trained in the embedding and in the output matrix.
 KEY_ROWS = 3
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from modelscope_dolly.errors import HardwareError, SettingError
 from train.planning.hardware import Hardware, gib
-from train.planning.memory import GIB, Job, activations, model_states, update_bytes
+from train.planning.memory import GIB, PROCESS, Job, activations, model_states, update_bytes
 
 #: What must stay free of the memory: 10 % for fragmentation, 1.5 GiB for DeepSpeed's buckets.
 SPARE_SHARE, SPARE = 0.1, int(1.5 * GIB)
@@ -150,14 +150,14 @@ def _settings(hardware: Hardware, zero_stage: str, offload: str, adapters: bool 
 
 
 def _candidate(job: Job, hardware: Hardware, dtype: str, stage: int, offload: str) -> Candidate:
-    ranks = max(1, hardware.gpus)
+    ranks = hardware.ranks
     held = model_states(job.parameters, stage, ranks, offload, dtype, job.adapters, job.largest, job.frozen(dtype))
     live = activations(job.config, job.tokens, job.checkpoint_activations, job.label_tokens, dtype).total
     if stage == 0 and ranks == 1 and dtype != "fp32":
         live += 2 * job.trained  # autocast, which computes without DeepSpeed, keeps its copies of float32 weights
     gpu, host = held.gpu + max(live, update_bytes(job.trained, stage, ranks, offload, dtype)), held.host
     if hardware.cpu_only:
-        gpu, host = 0, gpu
+        gpu, host = 0, (gpu + PROCESS) * ranks
     why = "; ".join(
         f"needs {gib(need)} {where} with spare, {gib(free)} are free"
         for need, free, where in _needs(gpu, host, hardware)
