@@ -82,7 +82,7 @@ pipe = pipeline(
 ```"""
     for name, tr in (("English", lambda english, _: english), ("中文", lambda _, chinese: chinese)):
         what = tr(
-            f"A LoRA adapter (rank {facts.rank}, alpha {facts.alpha:g}) of a GPT-NeoX in the prompt format of dolly-v2. "
+            f"A LoRA adapter (rank {facts.rank}, alpha {facts.alpha:g}) of a GPT-NeoX, for the prompts of dolly-v2. "
             "It is merged into its base while that is loaded; any other base is refused by the SHA-256 below. "
             "`peft.PeftModel.from_pretrained` reads it as well.",
             f"GPT-NeoX 的 LoRA 适配器（秩 {facts.rank}，alpha {facts.alpha:g}），采用 dolly-v2 的提示格式。"

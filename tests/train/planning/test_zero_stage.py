@@ -456,7 +456,7 @@ DOCUMENTED = ("1xH100-80G", "8xA100-80G", "8xA100-40G", "4xA10-24G", "8xV100-32G
 
 
 def table_row(machine: str) -> str:
-    """What is chosen for each size on a machine, and its need without spare; where that offloads, LoRA too, or QLoRA."""
+    """What is chosen for each size on a machine, and its need without spare; where that offloads, LoRA or QLoRA too."""
     cells = []
     for size in SIZES:
         full = taken(job(size), machine)
@@ -493,9 +493,7 @@ def test_adapters_are_never_split_by_zero_3():
     for job_of in (job("12b", lora_rank=16, lora_bits=4), job("12b", lora_rank=16, lora_bits=8)):
         choice = choose(job_of, hardware)
         assert choice.stage < 3 and all(row.stage < 3 for row in choice.candidates)
-    with pytest.raises(
-        SettingError, match="zero_stage is '3', but lora works with zero_stage 0, 1 or 2: ZeRO 3 splits"
-    ):
+    with pytest.raises(SettingError, match="zero_stage is '3', but lora works with zero_stage 0, 1 or 2: "):
         choose(job("3b", lora_rank=16), hardware, zero_stage="3")
     with pytest.raises(SettingError, match="offload is 'all', but lora works with zero_stage 0, 1 or 2"):
         choose(job("3b", lora_rank=16), hardware, offload="all")

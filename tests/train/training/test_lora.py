@@ -23,7 +23,16 @@ from tests.support.training_runs import complete, material, needs_deepspeed, row
 from train.data.collate import packed_batch, packed_inputs
 from train.planning.memory import Job
 from train.training import packed_attention as attention
-from train.training.lora import Lora, add_adapters, check_base, check_resume, read_lora, save_adapter
+from train.training.lora import (
+    Lora,
+    add_adapters,
+    check_base,
+    check_resume,
+    keep_quantised_weights,
+    quantization,
+    read_lora,
+    save_adapter,
+)
 from train.training.loss import CausalLMLoss
 
 peft = pytest.importorskip("peft")
@@ -252,3 +261,61 @@ def test_checkpoints_of_other_adapters_are_refused(tmp_path):
     for other in (None, Lora(8, 16.0, 0.0), Lora(4, 8.0, 0.0)):
         with pytest.raises(SettingError, match=r"was saved with lora \{r: 4, alpha: 16.0\} and this run has"):
             check_resume(other, tmp_path)
+
+
+def _losses(folder: Path, lora: dict, **changes) -> list[float]:
+    complete(write_recipe(folder, lora=lora, epochs=12, learning_rate=2e-2, eval_every=0, save_every=1000, **changes))
+    return [row["loss"] for row in rows(folder / "run")]
+
+
+def test_qlora_reaches_the_loss_of_lora_and_ends_in_plain_weights(tmp_path):
+    """The frozen weights are other ones: the losses are near each other, not alike. docs/training.md has figures."""
+    pytest.importorskip("bitsandbytes")
+    plain = _losses(tmp_path / "plain", {"r": 16})
+    for bits, margin in ((4, 0.05), (8, 0.02)):
+        folder = tmp_path / f"bits{bits}"
+        losses = _losses(folder, {"r": 16, "bits": bits})
+        assert losses != plain and losses[-1] < plain[0] - 1
+        assert abs(losses[-1] - plain[-1]) < margin * plain[-1], (bits, losses[-1], plain[-1])
+        _check_final(folder / "run", material() / "base")
+        saved = load_file(folder / "run" / "final" / "model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
+def test_frozen_layers_are_quantised_and_an_evaluation_leaves_them_as_they_are(bits, kind, tokenizer, checkpoint_dir):
+    pytest.importorskip("bitsandbytes")
+    lora = Lora(4, 16.0, 0.0, bits=bits)
+    network = GPTNeoXForCausalLM.from_pretrained(
+        checkpoint_dir, quantization_config=quantization(lora, torch.float32), attn_implementation=attention.NAME
+    )
+    keep_quantised_weights(network)
+    layer, head = network.gpt_neox.layers[0].mlp.dense_h_to_4h, network.lm_head
+    assert (type(layer).__name__, type(head).__name__) == (kind, "Linear")
+    job = Job(network.config, lora_rank=4, lora_bits=bits)
+    taken = sum(p.nbytes for p in network.parameters())
+    if bits == 4:  # two levels of scales beside them
+        taken += sum(
+            m.weight.quant_state.absmax.nbytes + m.weight.quant_state.state2.absmax.nbytes
+            for m in network.modules()
+            if type(m).__name__ == kind
+        )
+    assert taken == pytest.approx(job.frozen("fp32"), rel=0.01)
+
+    model = add_adapters(CausalLMLoss(network), lora, tokenizer)
+    batch = packed_batch([(example(tokenizer), 1)], 0)
+    before = layer.weight.data.clone()
+    with torch.no_grad():
+        first = model.eval()(**batch, label_total=1).loss
+    model.train()(**batch, label_total=1).loss.backward()
+    assert all(weight.grad is not None for name, weight in trained(model).items())
+    assert torch.equal(layer.weight.data, before)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch, label_total=1).loss, first)
+
+
+def test_without_bitsandbytes_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(DollyError, match="lora with bits needs the package bitsandbytes, which is not installed: pip"):
+        read_lora({"r": 4, "bits": 4})
+    assert read_lora({"r": 4}).bits is None
