@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.download import locate, locate_adapter
 from modelscope_dolly.checkpoint.memory import weight_bytes
 from modelscope_dolly.checkpoint.reader import Checkpoint, open_checkpoint
-from modelscope_dolly.checkpoint.weights import WeightFile, read_tensors
+from modelscope_dolly.checkpoint.weights import WeightFile
 from modelscope_dolly.engine.engine import Engine
 from modelscope_dolly.engine.gpt_neox import GPTNeoX, parameter_shapes
 from modelscope_dolly.engine.speculative.decoding import SpeculativeDecoding
@@ -84,6 +84,7 @@ def load(
     draft: str | Path | None = None,
     slots: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    adapter: str | Path | None = None,
 ) -> Dolly:
     """Load a checkpoint directory.
 
@@ -103,6 +104,8 @@ def load(
         slots: answers that are worked on at the same time, of all callers, as far as memory goes; None is 32, or more
             where a call asks for more.
         progress: called while the weights are read, with how many there are so far and in all.
+        adapter: directory or hub id (owner/name, or owner/name@tag) of a LoRA adapter of this base model; it is merged
+            while the weights are read, before they are quantised. Another base is refused.
 
     Raises:
         CheckpointError, HardwareError, SettingError.
@@ -119,7 +122,8 @@ def load(
     draft = path_of("draft", draft) if draft is not None else None
     if threads is not None or chosen.value.type == "cpu":
         torch.set_num_threads(choose_threads(threads).value)
-    checkpoint = open_checkpoint(path, verify, wait=False)
+    located = locate_adapter(adapter) if adapter is not None else None
+    checkpoint = open_checkpoint(path, verify, wait=False, adapter=located)
     with checkpoint.verified():
         return _load(checkpoint, chosen, dtype, device_map, verify, requested, draft, slots, progress)
 
@@ -254,7 +258,7 @@ def load_network(
     net.bounds_shapes = on_cpu and not (method and cpu.level())  # our own kernels keep nothing
     # disable=None: a bar on a terminal, nothing in a log file
     with tqdm(total=total, unit="weights", unit_scale=True, desc="Loading", disable=None, leave=False) as bar:
-        for name, tensor in read_tensors(checkpoint.tensors):
+        for name, tensor in checkpoint.read_tensors():
             owner, _, leaf = name.rpartition(".")
             module = net.get_submodule(owner)
             if leaf == "weight_packed":
@@ -329,7 +333,9 @@ def _packing(checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, An
 
 
 def _stored_in_bf16(checkpoint: Checkpoint) -> bool:
-    """Whether all linear weights are bfloat16 in their files."""
+    """Whether all linear weights are bfloat16 in their files, and nothing is added to them."""
+    if checkpoint.adapter:
+        return False
     shapes = parameter_shapes(checkpoint.config)
     linear = [place for name, place in checkpoint.tensors.items() if is_linear(name, shapes[name])]
     files = {file: WeightFile(file) for file, _ in linear}

@@ -46,6 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "default), always (all), never",
     )  # fmt: skip
     group.add_argument("--draft", metavar="MODEL", help="a smaller model with the same vocabulary, for draft tokens")
+    group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of this model, merged while it is loaded")
 
 
 def add_slots(parser: argparse._ActionsContainer, default: str) -> None:
@@ -93,7 +94,7 @@ def required_model_name(options: argparse.Namespace) -> str:
 
 def load_keywords(options: argparse.Namespace) -> dict[str, Any]:
     """What the options of a command say to load.load."""
-    names = ("device", "dtype", "quantize", "threads", "draft", "slots")
+    names = ("device", "dtype", "quantize", "threads", "draft", "adapter", "slots")
     keywords = {name: getattr(options, name) for name in names if hasattr(options, name)}
     return {**keywords, "verify": VERIFY[options.verify]}
 
