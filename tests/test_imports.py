@@ -18,7 +18,7 @@ PACKAGE, RECIPE = ROOT / "modelscope_dolly", ROOT / "train"
 #: Files and folders of the package, lowest first. Each imports only what stands before it.
 ORDER = (
     "errors", "files", "hardware", "prompt", "text_stream", "kernels", "engine", "generation", "checkpoint",
-    "placement", "legacy_uploads", "load", "model", "pipeline", "evaluation", "benchmark", "cli",
+    "placement", "legacy_uploads", "load", "model", "pipeline", "evaluation", "benchmark", "web", "cli",
 )  # fmt: skip
 #: The way from a prompt to its text.
 CORE = (
@@ -31,10 +31,10 @@ EXTRAS = ("engine.speculative", "engine.cuda_graphs", "engine.gpt_neox_fused", "
           "kernels.triton_decode", "checkpoint.quantize")  # fmt: skip
 REGISTRIES = {"modelscope_dolly", "modelscope_dolly.model", "modelscope_dolly.pipeline"}
 HUB_CLIENT = {"modelscope_dolly.checkpoint.download"}
-HEAVY = {"torch", "transformers", "modelscope", "accelerate", "datasets", "deepspeed", "lm_eval"}
+HEAVY = {"torch", "transformers", "modelscope", "accelerate", "datasets", "deepspeed", "lm_eval", "gradio"}
 LIGHT = ("", "errors", "files", "legacy_uploads", "prompt", "checkpoint.manifest", "cli.main", "benchmark",
          "evaluation", "evaluation.published", "evaluation.comparison", "evaluation.tables", "evaluation.task_data",
-         "evaluation.store", "evaluation.command", "benchmark.bench_options")  # fmt: skip
+         "evaluation.store", "evaluation.command", "benchmark.bench_options", "web.launch", "web.words")  # fmt: skip
 
 
 def part(module: str) -> str:

@@ -24,9 +24,12 @@ def add_json(parser: argparse._ActionsContainer, note: str = "") -> None:
     parser.add_argument("--json", action="store_true", help=f"print one JSON object{note}")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """The options of load_dolly. `positional`: the model is an argument of the command and not --model."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help=f"directory or hub id (default: ${MODEL_VARIABLE})")
+    described = f"directory or hub id (default: ${MODEL_VARIABLE})"
+    group.add_argument("model" if positional else "--model", help=described, **({"nargs": "?"} if positional else {}))
+    parser.set_defaults(model_argument="DIRECTORY_OR_HUB_ID" if positional else "--model DIRECTORY_OR_HUB_ID")
     add_revision(group)
     group.add_argument("--device", help="cpu, cuda:N or gpu (default: first GPU, else CPU)")
     group.add_argument("--dtype", help="bf16, fp16 or fp32 (default: what suits the device)")
@@ -58,17 +61,29 @@ def model_name(options: argparse.Namespace) -> str | None:
 
 def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
     """The model and the settings of its answers. Raises DollyError."""
-    model = model_name(options)
-    if not model:
-        raise SettingError(f"no model named: pass --model DIRECTORY_OR_HUB_ID, or set {MODEL_VARIABLE}")
-    from modelscope_dolly.checkpoint.download import locate
+    _named_model(options)
     from modelscope_dolly.generation import GenerationSettings
-    from modelscope_dolly.load import load
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "on_overflow")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.prompt_lookup is not None:
         given["prompt_lookup"] = {"on": True, "off": False}.get(options.prompt_lookup, options.prompt_lookup)
     settings = GenerationSettings().updated({**given, "do_sample": not options.greedy})
+    return load_dolly(options), settings
+
+
+def load_dolly(options: argparse.Namespace) -> Dolly:
+    """The model that add_model_options describe. Raises DollyError."""
+    model = _named_model(options)
+    from modelscope_dolly.checkpoint.download import locate
+    from modelscope_dolly.load import load
+
     keywords = {name: getattr(options, name) for name in ("device", "dtype", "quantize", "threads", "draft")}
-    return load(locate(model, options.revision), **keywords), settings
+    return load(locate(model, options.revision), **keywords)
+
+
+def _named_model(options: argparse.Namespace) -> str:
+    model = model_name(options)
+    if not model:
+        raise SettingError(f"no model named: pass {options.model_argument}, or set {MODEL_VARIABLE}")
+    return model
