@@ -1,7 +1,7 @@
-"""Every page for users exists in Chinese, too, and says the same: headings, code, tables, lists, links, names and numbers.
+"""Every page exists in Chinese, too, with the same headings, code, tables, lists, links, names and numbers.
 
-What a sentence says cannot be compared here. That a page of one language was changed alone can, mostly: each failure names both
-pages with their lines.
+What a sentence says cannot be compared here. That a page was changed in one language alone mostly shows: a failure
+names both pages with their lines.
 """
 
 from __future__ import annotations
@@ -140,6 +140,9 @@ def place(page: Page, link) -> tuple[str, int]:
     return str(target.relative_to(ROOT)), heading
 
 
+HALF_WIDTH = re.compile(r"[\u4e00-\u9fff][,;:?!](?=[\s\u4e00-\u9fff]|$)|[\u4e00-\u9fff]\(|\)[\u4e00-\u9fff]")
+
+
 @pytest.mark.parametrize("page", TRANSLATED, **by_name)
 def test_chinese_is_set_as_chinese(page):
     """Punctuation marks of full width after Chinese characters, and no line left in English by mistake."""
@@ -149,7 +152,7 @@ def test_chinese_is_set_as_chinese(page):
             r"[\u4e00-\u9fff][,;:?!](?=[\s\u4e00-\u9fff]|$)|[\u4e00-\u9fff]\(|\)[\u4e00-\u9fff]", section.text
         )
         if half_width:
-            found.append(f"{chinese(page).relative_to(ROOT)}:{section.line}: {half_width}")
+            found.append(f"{chinese(page).relative_to(ROOT)}:{section.line}: {half_width}, of half width")
         if len(section.text) > 80 and not is_chinese(section.text):
             found.append(f"{chinese(page).relative_to(ROOT)}:{section.line}: not translated")
     assert not found, "\n".join(found)

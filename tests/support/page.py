@@ -18,8 +18,8 @@ class Block:
 
     Attributes:
         kind: "heading", "code", "table", "list" or "not run" (the comment above code that is not run).
-        shape: the part of it that is compared: a level; language and lines of code without comments; rows of cells; a number
-            of items.
+        shape: the part of it that is compared: a level; language and lines of code without comments; rows of cells; a
+            number of items.
         line: where it begins, counted from 1.
         section: the heading it stands under.
     """
