@@ -99,6 +99,6 @@ def text_of(cell: nbformat.NotebookNode) -> str:
 
 
 def files_of_the_checkout() -> set[Path]:
-    """Outside of what tools and runs keep there."""
-    kept = {".git", ".venv", "__pycache__", "runs", ".pytest_cache", ".ruff_cache", ".hypothesis"}
-    return {path for path in ROOT.rglob("*") if not kept & set(path.relative_to(ROOT).parts)}
+    """In the folders where the notebook and its commands are."""
+    found = {path for folder in ("docs", "train") for path in (ROOT / folder).rglob("*")}
+    return {path for path in found if "__pycache__" not in path.parts}

@@ -154,12 +154,15 @@ WORDS = {  # the field has one word for each; these are others for the same
     "卸除": "卸载",
     "模型卡": "模型卡片",
 }
+GAP = re.compile(
+    r"[\u4e00-\u9fff，、：] +[\u4e00-\u9fff（“]"
+)  # a line that ends inside a sentence is shown with a space
 HALF_WIDTH = re.compile(r"[\u4e00-\u9fff][,;:?!]|[\u4e00-\u9fff]\(|\)[\u4e00-\u9fff]")
 
 
 @pytest.mark.parametrize("page", TRANSLATED, **by_name)
 def test_chinese_is_set_as_chinese_in_the_words_of_the_field(page):
-    """Punctuation marks of full width after Chinese characters; no section left in English; one word for one thing."""
+    """Punctuation of full width, no gaps between characters, no section left in English, one word for one thing."""
     found = "\n".join(mistakes(Page(chinese(page))))
     assert not found, found
 
@@ -168,6 +171,8 @@ def mistakes(page: Page):
     for section in page.sections:
         for half_width in HALF_WIDTH.findall(section.text):
             yield f"{where(page, section.line)}: {half_width!r} of half width"
+        for gap in GAP.findall(section.text):
+            yield f"{where(page, section.line)}: {gap!r} with a space or the end of a line in between"
         for word, better in WORDS.items():
             if word in section.text.replace(better, ""):
                 yield f"{where(page, section.line)}: {word}, elsewhere {better}"
@@ -216,6 +221,7 @@ def pages(folder: Path, chinese_text: str) -> tuple[Page, Page]:
         ("40 个", "41 个", ["zh.md:1 ('Pages') lacks 40"]),
         ("`ask` 的", "`chat` 的", ["lacks ask", "has, and the English page has not: chat"]),
         ("回答，", "回答,", ["'答,' of half width"]),
+        ("个回答", "个\n回答", ["'个 回' with a space or the end of a line"]),
         ("回答", "提示语", ["提示语, elsewhere 提示词"]),
     ],
 )

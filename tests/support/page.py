@@ -135,9 +135,10 @@ def numbers_and_code(inline: Token) -> set[str]:
 
 
 def _text(inline: Token) -> str:
-    """The words of a paragraph, heading or cell, without its code."""
+    """The words of a paragraph, heading or cell; a backtick stands for what is set as code."""
+    stand_ins = {"code_inline": "`", "softbreak": " ", "hardbreak": " "}
     return "".join(
-        child.content if child.type == "text" else " " for child in inline.children if child.type != "code_inline"
+        child.content if child.type == "text" else stand_ins.get(child.type, "") for child in inline.children
     )
 
 
