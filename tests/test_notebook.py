@@ -77,10 +77,13 @@ def test_it_runs_from_top_to_bottom(notebook, kernel, tmp_path):
     final = Path(settings["RUNS"]) / "nano" / "final"
     assert f"wrote {final}" in printed["train"]
     assert any("image/png" in output.get("data", {}) for output in cell_of(notebook, "loss").outputs)
-    questions = re.findall(r"^> (.+)$", printed["ask"], re.MULTILINE)
-    assert len(questions) == 2 and questions == re.findall(r"^> (.+)$", printed["again"], re.MULTILINE)
+    questions = re.findall(r'^    "(.+)",$', cell_of(notebook, "ask").source, re.MULTILINE)
+    assert len(questions) == 2
+    assert all(f"> {question}\n" in printed[name] for question in questions for name in ("ask", "again"))
     assert printed["ask"] != printed["again"]
-    assert re.search(r"^\d+ of 128 records", printed["evaluate"]) and "dolly-v2-12b" in printed["evaluate"]
+    assert (
+        re.search(r"^\d+ of 128 records", printed["evaluate"], re.MULTILINE) and "dolly-v2-12b" in printed["evaluate"]
+    )
     assert (Path(settings["RUNS"]) / "eval" / "table.md").is_file()
     assert re.search(r"\d\s+model\.safetensors\n", printed["stage"]) and "v1.0.0" in printed["stage"]
     assert "would create tester/dolly-nano (private)" in printed["publish"]
