@@ -239,14 +239,24 @@ def parse_json_lines(data: bytes, path: Path, check: Callable[[dict], str | None
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise SettingError(f"{path}:{number}: not JSON in UTF-8 ({one_line(error)})") from None
-        problem = check(row) if isinstance(row, dict) else f"must be a JSON object, found {type(row).__name__}"
-        if problem:
+            row = parse_json_line(line)
+        except ValueError as error:
+            raise SettingError(f"{path}:{number}: {error}") from None
+        if problem := check(row):
             raise SettingError(f"{path}:{number}: {problem}")
         rows.append(row)
     return rows
+
+
+def parse_json_line(line: bytes) -> dict:
+    """The JSON object in a line. Raises ValueError, which says what is wrong with it."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({one_line(error)})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object, found {type(row).__name__}")
+    return row
 
 
 def file_sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """A checkpoint of random weights in a real shape, for measurements: speed does not depend on the values.
 
 It is a complete directory like any other, so that whatever reads checkpoints can be measured on the same weights. The
-tokenizer knows bytes and the control keys only; measurements work with token ids.
+tokenizer knows bytes and the control keys; measurements work with token ids, each of which has a text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelscope_dolly.checkpoint.config import transformers_config
-from modelscope_dolly.checkpoint.memory import SHAPES, shape_config, weight_bytes
+from modelscope_dolly.checkpoint.memory import SHAPES, VOCABULARY, shape_config, weight_bytes
 from modelscope_dolly.checkpoint.weights import write_tensors
 from modelscope_dolly.checkpoint.writer import seal_directory, write_side_files
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
@@ -88,11 +88,15 @@ def _tensors(config: NetworkConfig, seed: int, dtype: torch.dtype) -> Iterator[t
 
 
 def _tokenizer() -> DollyTokenizer:
-    """Bytes and control tokens; nothing was learned, so it is always the same."""
+    """Bytes, a word for every further id, and control tokens, whose ids are those of the published tokenizer.
+
+    Nothing was learned, so it is always the same: words come out, and none goes in.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
+    symbols = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    symbols += [f"\u0120{number:x}" for number in range(len(symbols), VOCABULARY - len(CONTROL_KEYS))]
+    backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     keys = [AddedToken(key, special=True, normalized=False) for key in (END_OF_TEXT, *CONTROL_KEYS)]

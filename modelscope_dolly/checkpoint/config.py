@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from modelscope_dolly.engine.network_config import NetworkConfig
 from modelscope_dolly.errors import CheckpointError, one_line, shown
 from modelscope_dolly.files import read_json
-from modelscope_dolly.kernels.quantized_linear import METHODS, MODEL_TYPE, PACKED, VERSIONS
+from modelscope_dolly.kernels.quantized_linear import MODEL_TYPE, PACKED, STORED_METHODS, VERSIONS
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -94,10 +94,10 @@ def _quantization(file: Path, raw: dict) -> tuple[str | None, int]:
     if entry is None:
         return None, PACKED
     name, version = (entry.get("quant_method"), entry.get("version")) if isinstance(entry, dict) else (entry, None)
-    for method in METHODS:
+    for method in STORED_METHODS:
         if name == f"dolly-{method}" and type(version) is int and version in VERSIONS:
             return method, version
-    known = ", ".join(f"dolly-{method}" for method in METHODS)
+    known = ", ".join(f"dolly-{method}" for method in STORED_METHODS)
     raise CheckpointError(
         f"{file}: quantization_config is {name!r} version {version!r}, which this version cannot "
         f"read; it knows versions {' and '.join(map(str, VERSIONS))} of {known}. Use the checkpoint that it was made "

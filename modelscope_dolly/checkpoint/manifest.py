@@ -105,6 +105,30 @@ def model_digest(directory: Path, weights: Iterable[Path], verified: Container[s
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def weights_digest(directory: Path, weights: Iterable[Path], read_files: bool = True) -> str | None:
+    """SHA-256 over the digests of the weight files, whatever they are called: the same for a copy of the weights.
+
+    Args:
+        directory: of the model.
+        weights: its weight files.
+        read_files: hash the files where there is no manifest; otherwise the result is then None.
+
+    Raises:
+        CheckpointError: the manifest does not list a file, or a file cannot be read.
+    """
+    entries, files = read(directory), list(weights)
+    if entries is None and not read_files:
+        return None
+    if entries is not None:
+        if missing := [file for file in files if file.name not in entries]:
+            raise CheckpointError(f"{missing[0]}: not listed in {NAME}, no recorded checksum")
+        digests = [entries[file.name]["sha256"] for file in files]
+    else:
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(file_sha256, files))
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
 def _difference(path: Path, entry: dict | None, sha256: Callable[[Path], str]) -> str | None:
     if entry is None:
         return f"{path}: not listed in {NAME}, no recorded checksum"

@@ -68,7 +68,7 @@ def _each_prompt(
     out = query.new_empty(len(query), query[0].numel())
     half_on_cpu = query.device.type == "cpu" and query.dtype != torch.float32
     size = bounded if half_on_cpu else int
-    for slot, begin, end, start in inputs.step.spans or ():
+    for slot, begin, end, start, _ in inputs.step.spans or ():
         q, k, v = (tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value))
         stop = start + end - begin
         keys[slot, :, start:stop], values[slot, :, start:stop] = k[0], v[0]

@@ -1,8 +1,10 @@
 """Linear layers with packed weights: quantised to int8 or int4, or bfloat16 in the order in which they are multiplied.
 
-int8: one scale per output, activations quantised per token when they arrive (W8A8). int4: one scale per 128 inputs of
-an output (W4A8). Rounding is to nearest, symmetric around zero, without calibration data, so a tensor can be quantised
-while it streams in. bf16 is exact: the same weights, multiplied in float32.
+int8: one scale per output, activations in 16 bits per token when they arrive (W8A16). int8-dynamic: the same weights,
+activations in 8 bits (W8A8): half of the arithmetic, and a far larger error where a few channels of the activations are
+much larger than the rest (Dettmers et al. 2022, arXiv:2208.07339). int4: one scale per 128 inputs of an output, 8-bit
+activations (W4A8). Rounding is to nearest, symmetric around zero, without calibration data, so a tensor can be
+quantised while it streams in. bf16 is exact: the same weights, multiplied in float32.
 
 Stored in a checkpoint (see checkpoint/quantize.py) in the order of csrc/linear.c, so that the file is mapped and
 multiplied as it is, in the place of NAME.weight:
@@ -20,8 +22,9 @@ Version 1, which is still read, has rows that are packed when they are loaded:
     int4  NAME.weight_int4 uint8 [N, ceil(K / 2)], input 2 j in the low half of byte j, with an offset of 8
 
 Where the compiled library is missing (see cpu.py) and on CUDA, the numbers are kept as they are stored and
-activations stay as they are (weight-only), which is more exact. torch then widens the weights chunk by chunk: several
-times slower, except for long prompts. Captured steps read them with kernels of their own instead, see triton_decode.py.
+activations stay as they are (weight-only), which is more exact; int8-dynamic is refused there. torch then widens the
+weights chunk by chunk: several times slower, except for long prompts. Captured steps read them with kernels of their
+own instead, see triton_decode.py.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ from modelscope_dolly.kernels.cpu import GROUP
 #: model_type in config.json of a quantised checkpoint.
 MODEL_TYPE = "gpt_neox_dolly_quantized"
 #: Names of `quantize=`.
-METHODS = ("int8", "int4")
+METHODS = ("int8", "int8-dynamic", "int4")
+#: Those of them that say how weights are stored.
+STORED_METHODS = ("int8", "int4")
 #: Bytes of one weight of a linear layer. int4 has a scale of two bytes per group; the scales of int8 count for nothing.
-BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5 + 2 / GROUP, "bf16": 2.0}
+BYTES_PER_WEIGHT = {"int8": 1.0, "int8-dynamic": 1.0, "int4": 0.5 + 2 / GROUP, "bf16": 2.0}
 #: Outputs that the torch fallback widens at a time: bounds its memory.
 _CHUNK = 4096
 #: A row or group without a larger value counts as zero; the same limit is in csrc/linear.c.
@@ -58,7 +63,7 @@ def is_linear(name: str, shape: Sequence[int]) -> bool:
 
 
 def parse_quantize(name: str | None) -> str | None:
-    """`int8`, `int4`, or None for None and "none". Raises SettingError."""
+    """One of METHODS, or None for None and "none". Raises SettingError."""
     if name is None or (isinstance(name, str) and name == "none"):
         return None
     if not isinstance(name, str) or name not in METHODS:
@@ -175,6 +180,8 @@ class PackedLinear(nn.Module):
     """
 
     kind: int
+    #: Of an activation, when the compiled library quantises it.
+    row_bytes = 2
     weight: torch.Tensor
     scales: torch.Tensor | None
     bias: torch.Tensor | None
@@ -246,7 +253,7 @@ class PackedLinear(nn.Module):
         """x [..., K] in float32 or bfloat16 -> [..., N] in the same type; activation: see kernels.linear, if packed."""
         if self.packed:
             rows, tensors = x.reshape(-1, self.in_features), (self.weight, self.scales, self.bias)
-            out = kernels.linear(self.kind, rows, *tensors, self.out_features, activation)
+            out = kernels.linear(self.kind, rows, *tensors, self.out_features, activation, row_bytes=self.row_bytes)
             return out.view(*x.shape[:-1], self.out_features)
         parts = []
         wide = torch.float32 if self.device.type == "cpu" else x.dtype
@@ -290,10 +297,17 @@ class Int8Linear(PackedLinear):
         return self.weight[begin:end].float() * self.scales[begin:end, None]
 
 
+class Int8DynamicLinear(Int8Linear):
+    """The weights of Int8Linear, with activations of 8 bits."""
+
+    row_bytes = 1
+
+
 class Int4Linear(PackedLinear):
-    """Half a byte per weight, one float16 scale per 128 inputs of an output."""
+    """Half a byte per weight, one float16 scale per 128 inputs of an output, activations of 8 bits."""
 
     kind = kernels.INT4
+    row_bytes = 1
     _unpack = staticmethod(_unpack_int4)
 
     def quantise(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -338,7 +352,9 @@ class BF16Linear(PackedLinear):
         return self.weight[begin:end].float()
 
 
-_CLASSES: dict[str, type[PackedLinear]] = {"int8": Int8Linear, "int4": Int4Linear, "bf16": BF16Linear}
+_CLASSES: dict[str, type[PackedLinear]] = {
+    "int8": Int8Linear, "int8-dynamic": Int8DynamicLinear, "int4": Int4Linear, "bf16": BF16Linear,
+}  # fmt: skip
 
 
 def _with_offset(whole: torch.Tensor) -> torch.Tensor:
