@@ -17,9 +17,10 @@ from modelscope_dolly.engine.sequence import Sequence
 from modelscope_dolly.engine.speculative.policy import AcceptanceRate
 from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.engine.step_timer import StepTimer
+from modelscope_dolly.errors import SettingError
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 #: A sequence whose drafts did not pay gets another one after so many steps, then after twice as many, and so on.
 _FIRST_WAIT = 32
@@ -95,6 +96,7 @@ class DraftRun:
     def __init__(self, draft: DraftModel, runner: Runner, prefill_tokens: int):
         self.draft, self._runner, self._prefill_tokens = draft, runner, prefill_tokens
         self.cache = draft.net.new_cache()
+        runner.add_cache(self.cache, draft.net.cache_bytes)
 
     def seconds(self, sequences: int) -> float:
         """Of a step that drafts one token for each of `sequences`; by the networks' sizes until it is measured."""
@@ -112,9 +114,15 @@ class DraftRun:
         logits = self._catch_up(jobs)
         active = list(range(len(jobs)))
         while True:
+            going_on = []
             for place, row in zip(active, logits, strict=True):
-                drafts[place].append(samplers[place].sample(row))
-            active = [place for place in active if len(drafts[place]) < jobs[place].count]
+                try:
+                    drafts[place].append(samplers[place].sample(row))
+                except SettingError:  # of a form that is too complex to follow: the sequence's own draw says so
+                    continue
+                if len(drafts[place]) < jobs[place].count:
+                    going_on.append(place)
+            active = going_on
             if not active:
                 return drafts
             spans = [(jobs[place].slot, len(jobs[place].sequence.ids) + len(drafts[place]) - 1, 1) for place in active]
@@ -146,7 +154,7 @@ class DraftRun:
         return self._runner.forward(self.draft.net, tokens, step, self.cache, self.draft.timer)
 
 
-def _weights(config: GPTNeoXConfig) -> int:
+def _weights(config: NetworkConfig) -> int:
     """About so many numbers are read in a step."""
     layer = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
     return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
