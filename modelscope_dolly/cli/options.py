@@ -32,9 +32,12 @@ def add_json(parser: argparse._ActionsContainer, note: str = "") -> None:
     parser.add_argument("--json", action="store_true", help=f"print one JSON object{note}")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """The options of load_dolly. `positional`: the model is an argument of the command and not --model."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help=f"directory or hub id (default: ${MODEL_VARIABLE})")
+    described = f"directory or hub id (default: ${MODEL_VARIABLE})"
+    group.add_argument("model" if positional else "--model", help=described, **({"nargs": "?"} if positional else {}))
+    parser.set_defaults(model_argument="DIRECTORY_OR_HUB_ID" if positional else "--model DIRECTORY_OR_HUB_ID")
     add_revision(group)
     group.add_argument("--device", help="cpu, cuda:N or gpu (default: first GPU, else CPU)")
     group.add_argument("--dtype", help="bf16, fp16 or fp32 (default: what suits the device)")
@@ -88,7 +91,7 @@ def model_name(options: argparse.Namespace) -> str | None:
 def required_model_name(options: argparse.Namespace) -> str:
     """As model_name. Raises SettingError where none is named."""
     if not (model := model_name(options)):
-        raise SettingError(f"no model named: pass --model DIRECTORY_OR_HUB_ID, or set {MODEL_VARIABLE}")
+        raise SettingError(f"no model named: pass {options.model_argument}, or set {MODEL_VARIABLE}")
     return model
 
 
@@ -101,11 +104,9 @@ def load_keywords(options: argparse.Namespace) -> dict[str, Any]:
 
 def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
     """The model and the settings of its answers. Raises DollyError."""
-    model = required_model_name(options)
-    from modelscope_dolly.checkpoint.download import locate
+    required_model_name(options)
     from modelscope_dolly.files import read_json
     from modelscope_dolly.generation import GenerationSettings
-    from modelscope_dolly.load import load
 
     if options.logprobs is not None and not options.json:
         raise SettingError("--logprobs are part of the JSON output; give --json, too")
@@ -118,4 +119,13 @@ def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
     if options.json_schema is not None:
         given["json_schema"] = read_json(Path(options.json_schema))
     settings = GenerationSettings().updated({**given, "do_sample": not options.greedy})
-    return load(locate(model, options.revision), **load_keywords(options)), settings
+    return load_dolly(options), settings
+
+
+def load_dolly(options: argparse.Namespace) -> Dolly:
+    """The model that add_model_options describe. Raises DollyError."""
+    model = required_model_name(options)
+    from modelscope_dolly.checkpoint.download import locate
+    from modelscope_dolly.load import load
+
+    return load(locate(model, options.revision), **load_keywords(options))
