@@ -70,6 +70,14 @@ def run_job(job: dict) -> dict:
         return run_cold(job)
     if "requests" in job:
         return run_mixed(job)
+    if "clients" in job:
+        from modelscope_dolly.benchmark.server_speed import run_clients
+
+        return run_clients(job)
+    if "callers" in job:
+        from modelscope_dolly.benchmark.many_callers import run_callers
+
+        return run_callers(job)
     if "lookup" in job:
         from modelscope_dolly.benchmark.prompt_lookup_speed import run_lookup
 
