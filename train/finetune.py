@@ -26,7 +26,9 @@ from typing import NamedTuple
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
+from modelscope_dolly.cli.streams import complain
 from modelscope_dolly.errors import DollyError, PublishError
 from modelscope_dolly.files import check_disk
 from modelscope_dolly.locks import FileLock
@@ -61,11 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = UsageParser(prog="train.finetune", description="Fine-tune dolly-v2.", allow_abbrev=False)
     add_flags(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return exit_code("train.finetune", lambda: run(resolve(parser.parse_args(arguments))))
+    program = "train.finetune"
+    return exit_code(lambda: told_by_first(program, lambda: run(resolve(parser.parse_args(arguments)))), program)
 
 
-def exit_code(program: str, recipe: Callable[[], object]) -> int:
-    """Run a recipe in this process; print what went wrong on one line."""
+def told_by_first(program: str, recipe: Callable[[], object]) -> int:
+    """Run a recipe in this process, one of several; print what went wrong on one line, once. Returns the exit code."""
     if "WORLD_SIZE" not in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ:
         # One process is one GPU: left alone, transformers would split each pass over all that it sees.
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"
@@ -75,12 +78,12 @@ def exit_code(program: str, recipe: Callable[[], object]) -> int:
     except DollyError as error:
         # All processes find the same mistakes. An error with a cause outside may concern this process alone.
         if is_first_process() or error.__cause__ is not None:
-            print(f"{program}: {error}", file=sys.stderr)
+            complain(str(error), program)
         return 1 if isinstance(error, PublishError) else 2
     except RuntimeError as error:  # gloo has no type of its own
         if not _PEER_EXITED.search(str(error)):
             raise
-        print(f"{program}: process {rank()}: another process of this run ended; its message says why", file=sys.stderr)
+        complain(f"process {rank()}: another process of this run ended; its message says why", program)
         return 2
     except KeyboardInterrupt:
         return 130

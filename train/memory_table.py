@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         if options.measure:
             values = read_json(options.measure)
-            return finetune.exit_code("train.memory_table", lambda: measure(build(values)))
+            return finetune.told_by_first("train.memory_table", lambda: measure(build(values)))
         shapes = _chosen("shape", options.shapes, SHAPES)
         settings = _chosen("setting", options.settings, SETTINGS)
         print(

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import sys
 
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
-from modelscope_dolly.errors import DollyError
 from modelscope_dolly.files import gigabytes
 from train.config import Resolved, add_flags, resolve
 from train.data.padded import padded_batch_size, padded_plan
@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_flags(parser)
     parser.add_argument("--gpus", metavar="HARDWARE", help="plan for other hardware, for instance 8xA100-80G,host=512G")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    try:
+
+    def command() -> int:
         options = parser.parse_args(arguments)
         resolved = resolve(options)
         print(
@@ -36,12 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
             if options.json
             else description(resolved, options.gpus)
         )
-    except DollyError as error:
-        print(f"train.plan: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return 0
+
+    return exit_code(command, "train.plan")
 
 
 def prepare_and_choose(resolved: Resolved, gpus: str | None) -> tuple[PreparedData, ZeroChoice]:

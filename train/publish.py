@@ -13,7 +13,9 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
+from modelscope_dolly.cli.streams import complain
 from modelscope_dolly.errors import CheckpointError, DollyError, PublishError, SettingError, one_line
 from train.publishing.hub import BRANCH, Hub
 from train.publishing.publish_settings import VISIBILITIES, PublishSettings
@@ -29,6 +31,11 @@ MOST_WORKERS = 64
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 published; 1 the hub or the network did not allow it; 2 a mistake in the command or the files."""
+    return exit_code(lambda: command(arguments), "train.publish")
+
+
+def command(arguments: list[str] | None) -> int:
+    """The command itself: raises DollyError for what is a mistake."""
     try:
         options = build_parser().parse_args(arguments)
         values = {field.name: getattr(options, field.name) for field in fields(PublishSettings)}
@@ -38,13 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         hub = Hub(settings, options.token, options.endpoint, say, options.workers)
         publish(options.directory, hub, options.dry_run, options.run, options.evaluation, options.staging)
     except PublishError as error:
-        print(f"train.publish: {error}", file=sys.stderr)
+        complain(str(error), "train.publish")
         return 1
-    except DollyError as error:
-        print(f"train.publish: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("train.publish: stopped; the same command resumes", file=sys.stderr)
+        complain("stopped; the same command resumes", "train.publish")
         return 130
     return 0
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from modelscope_dolly.engine.attention import attend
-from modelscope_dolly.engine.bounded_shapes import bounded, fill_up
+from modelscope_dolly.engine.bounded_shapes import bounded, fill_up, in_pieces
 from modelscope_dolly.engine.kv_cache import KVCache
 from modelscope_dolly.engine.rotary import Rotary
 from modelscope_dolly.engine.step_input import StepInput
@@ -49,7 +49,9 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gelu and getattr(self.dense_h_to_4h, "fuses_gelu", False):  # a layer that was put in its place
             return self.dense_4h_to_h(self.dense_h_to_4h(x, activation="gelu"))
-        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+        wide = self.dense_h_to_4h(x)
+        on_cpu = wide.device.type == "cpu"
+        return self.dense_4h_to_h(in_pieces(self.activation, wide) if on_cpu else self.activation(wide))
 
 
 def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

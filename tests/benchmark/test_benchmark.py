@@ -400,9 +400,9 @@ def test_quality_under_outliers(checkpoint_dir):
 
 def test_start_is_told_by_phase(kept):
     found = run_benchmark(settings(kept, cold=True, repeats=1))["cold"]["rows"]
-    assert [row["files_from"] for row in found] == ["memory", "disk"]
+    assert [row["files_from"] for row in found] == ["memory, compared before", "memory", "disk"]
     for row in found:
-        assert set(row["phases"]) == {"import", "check", "read_and_place", "rest_of_load", "first_step"}
+        assert set(row["phases"]) == {"import", "check", "read_and_place", "compare", "rest_of_load", "first_step"}
         total = sum(phase["median"] for phase in row["phases"].values())
         assert row["total"]["median"] == pytest.approx(total) and min(p["median"] for p in row["phases"].values()) >= 0
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modelscope_dolly.engine.bounded_shapes import bounded, fill_up
+from modelscope_dolly.engine.bounded_shapes import bounded, fill_up, in_pieces
 from modelscope_dolly.engine.kv_cache import KVCache
 from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.generation import GenerationSettings, Prompt
@@ -60,8 +60,9 @@ def test_requests_of_many_lengths_compute_few_shapes(checkpoint_dir, dtype, monk
         for count in slots:
             net(torch.zeros(count, dtype=torch.long), StepInput.decode([5] * count), net.new_cache(count, 64))
     allowed = {256, *map(bounded, lengths), *map(bounded, slots)}
-    rows = {shape[0] for [shape, *_] in shapes.seen["gelu"]}
-    assert rows == allowed and len(lengths) + len(slots) > 2 * len(allowed)
+    assert {shape[0] for [shape, *_] in shapes.seen.pop("gelu")} == {1 << bit for bit in range(9)}
+    rows = {matrix[-2] for seen in shapes.seen.values() for shape in seen for matrix in shape if len(matrix) == 2}
+    assert rows >= allowed and len({*lengths, *slots}) > 1.8 * len(allowed)
     for name, seen in shapes.seen.items():
         if "scaled_dot" not in name:
             assert len(seen) <= 5 * len(allowed), name  # four layers of a block, and the head
@@ -87,6 +88,13 @@ def test_filled_up_rows_change_nothing(dtype):
             assert found.shape == expected.shape
             spread = expected.float().std()
             assert (found.float() - expected.float()).abs().max() < (1e-4 if dtype == torch.float32 else 0.1) * spread
+
+
+def test_pieces_make_the_whole():
+    wide = torch.randn(300, 7, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    assert torch.equal(in_pieces(lambda piece: sizes.append(len(piece)) or piece * 2, wide), wide * 2)
+    assert sizes == [256, 32, 8, 4]
 
 
 def test_own_kernels_need_no_filling_up(checkpoint_dir):
