@@ -183,7 +183,7 @@ def test_ctrl_c_says_what_is_there_and_a_second_run_at_the_same_time_is_refused(
     model, source, tmp_path, commands, capsys
 ):
     output = tmp_path / "out.jsonl"
-    command = batch(source, output, model, "--max-new-tokens", "1500", "--slots", "2")
+    command = batch(source, output, model, "--max-new-tokens", "200", "--slots", "2")
     process = commands.start(*command)
     while not (output.exists() and output.stat().st_size):
         time.sleep(0.01)
