@@ -12,7 +12,7 @@ import torch
 from modelscope_dolly import hardware
 from modelscope_dolly import load as loading
 from modelscope_dolly.checkpoint.download import locate
-from modelscope_dolly.checkpoint.reader import open_checkpoint
+from modelscope_dolly.checkpoint.reader import Checkpoint, open_checkpoint
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.errors import HardwareError, SettingError
@@ -83,7 +83,7 @@ def test_bad_device_map_is_refused(checkpoint_dir, placement, error, says):
 
 def test_too_little_memory_is_said_before_anything_is_read(checkpoint_dir, monkeypatch):
     monkeypatch.setattr("modelscope_dolly.placement.free_memory", lambda device=None: 1000)
-    monkeypatch.setattr(loading, "read_tensors", lambda places: pytest.fail("weights were read"))
+    monkeypatch.setattr(Checkpoint, "read_tensors", lambda self: pytest.fail("weights were read"))
     checkpoint = open_checkpoint(checkpoint_dir)
     with pytest.raises(HardwareError, match=r"the weights need .* on cpu in float32, 0\.00 GB are free"):
         loading.load_network(checkpoint, torch.float32, {"": torch.device("cpu")})

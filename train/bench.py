@@ -88,7 +88,7 @@ def all_logits_loss(network: Any, inputs: dict[str, Any], labels: torch.Tensor, 
 def measure(resolved: Resolved, mode: str) -> None:
     """Train in this process as far as the metrics: nothing is exported or published."""
     size = padded_batch_size(resolved.config.global_batch_size, world_size())
-    trainer = train(set_up(resolved, padded(size) if mode == "padded" else None))
+    trainer = train(set_up(resolved, padded(size) if mode == "padded" else None)).trainer
     if trainer.args.process_index == 0:
         write_atomically(Path(resolved.config.output_dir) / PEAK, json.dumps({"bytes": peak_memory()}) + "\n")
     trainer.accelerator.end_training()

@@ -20,6 +20,7 @@ from train.planning.hardware import Hardware
 from train.planning.memory import checkpoint_bytes, disk_need, final_bytes
 from train.planning.zero_stage import ZeroChoice, choose, table
 from train.prepare import PreparedData, prepare
+from train.training.held_out import keeps_best
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def figures(resolved: Resolved, gpus: str | None = None) -> dict:
         "reason": choice.reason,
         "gpu_bytes": choice.taken.gpu,
         "host_bytes": choice.taken.host,
-        "checkpoint_bytes": checkpoint_bytes(data.job.trained),
+        "checkpoint_bytes": _checkpoint(data, choice),
         "final_bytes": final_bytes(data.job.parameters, choice.dtype),
     }
 
@@ -94,12 +95,18 @@ def description(resolved: Resolved, gpus: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def _checkpoint(data: PreparedData, choice: ZeroChoice) -> int:
+    use_deepspeed = choice.stage > 0 or data.plan.world > 1
+    return checkpoint_bytes(data.job.trained, choice.stage, choice.dtype, use_deepspeed)
+
+
 def _disk(resolved: Resolved, data: PreparedData, choice: ZeroChoice) -> str:
     """What the run will have on disk, against what is free."""
     config, free = resolved.config, choice.hardware.disk
-    need = disk_need(data.job, len(data.plan.steps), config.save_every, config.keep_checkpoints, choice.dtype)
+    kept, checkpoint = config.keep_checkpoints + keeps_best(config), _checkpoint(data, choice)
+    need = disk_need(data.job, len(data.plan.steps), config.save_every, kept, checkpoint, choice.dtype)
     text = (
-        f"up to {gigabytes(need)} ({config.keep_checkpoints} checkpoints kept, one being written, the final model); "
+        f"up to {gigabytes(need)} ({kept} checkpoints kept, one being written, the final model); "
         f"free: {'not stated' if free is None else gigabytes(free)}"
     )
     too_small = free is not None and need > free

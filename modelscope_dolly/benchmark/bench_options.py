@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from modelscope_dolly.errors import SettingError, shown, unknown_name
 
 PEERS = ("hf", "hf-compile", "ctranslate2", "llamacpp", "vllm")
-FORMATS = ("none", "int8", "int4")
+FORMATS = ("none", "int8", "int8-dynamic", "int4")
 #: Flags that choose another measurement than speed; one at a time.
 MODES = ("mixed", "quality", "cold", "lookup", "draft", "callers", "serve")
+#: How much larger the large channels are; those of real networks are 20 to 60 times the others.
+_OUTLIERS = 30.0
 #: Of anything that is counted on the command line.
 _MOST = 1_000_000
 #: peer=interpreter pairs, separated by commas, as with --peer-python.
@@ -42,6 +44,7 @@ class BenchSettings:
     mixed: int | None = None
     slots: int = 8
     quality: bool = False
+    outliers: float | None = None
     cold: bool = False
     lookup: bool = False
     draft: str | None = None
@@ -66,6 +69,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured (default: load, first token, prefill, decode)")
     what.add_argument("--mixed", type=int, metavar="N", help="N requests with answers of very different length")
     what.add_argument("--quality", action="store_true", help="what quantisation does to the model's predictions")
+    what.add_argument(
+        "--outliers", type=float, nargs="?", const=_OUTLIERS, metavar="F",
+        help="with --quality: also for a copy with channels F times the others, as large networks have "
+        f"(default: {_OUTLIERS:g})",
+    )  # fmt: skip
     what.add_argument("--cold", action="store_true", help="from the start of a process to its first token, by phase")
     what.add_argument("--lookup", action="store_true", help="draft tokens from the prompt, on the records of --data")
     what.add_argument("--draft", metavar="SHAPE_OR_DIR", help="acceptance rate from which this draft model pays")
@@ -83,7 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", dest="dtypes", metavar="DTYPE",
         help="bf16, fp16, fp32, or several with commas (default: what suits the device)",
     )  # fmt: skip
-    how.add_argument("--quantize", default="none", help="none, int8, int4, or several with commas (default: none)")
+    how.add_argument("--quantize", default="none", help="none, int8, int8-dynamic, int4, or several (default: none)")
     how.add_argument("--batch", dest="batches", metavar="BATCH", default="1,8", help="batch sizes (default: 1,8)")
     how.add_argument("--threads", type=int, help="CPU threads (default: the physical cores)")
     how.add_argument("--repeats", type=int, default=3, help="of each measurement, after a warm-up (default: 3)")
@@ -120,6 +128,10 @@ def settings_of(options: argparse.Namespace) -> BenchSettings:
         raise SettingError(f"--{modes[0]} and --{modes[1]} are measurements of their own; give one of them")
     if options.quality and not options.model:
         raise SettingError("--quality needs a model: random weights have no quality to lose")
+    if options.outliers is not None and not options.quality:
+        raise SettingError("--outliers belongs to --quality, which measures what they do")
+    if options.outliers is not None and not 1 < options.outliers <= 1000:
+        raise SettingError(f"--outliers is {shown(options.outliers)}, it must be above 1, and at most 1000")
     if options.lookup and not options.data:
         raise SettingError("--lookup needs --data FILE: how many draft tokens are accepted depends on the text")
     values["quantize"] = _names("quantize", options.quantize, FORMATS)

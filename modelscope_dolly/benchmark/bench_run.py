@@ -26,7 +26,7 @@ class Variant(NamedTuple):
     """What one child process measures."""
 
     engine: str  # "dolly" or a peer
-    format: str  # a number type, int8 or int4
+    format: str  # a number type, or a name of `quantize=`
     dtype: str  # of what is not quantised
     program: str = sys.executable  # the interpreter that runs it; for llamacpp, its program
 

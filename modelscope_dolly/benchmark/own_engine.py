@@ -14,7 +14,7 @@ from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.engine.sequence import Request, RunStats
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
 from modelscope_dolly.engine.step_input import StepInput
-from modelscope_dolly.kernels.quantized_linear import BF16Linear
+from modelscope_dolly.kernels.quantized_linear import METHODS, BF16Linear
 
 if TYPE_CHECKING:
     from modelscope_dolly.engine.cuda_graphs import Forward
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def load_model(job: dict) -> loading.Dolly:
-    """The checkpoint in the job's format: a number type, or int8 or int4."""
-    quantize = job["format"] if job["format"] in ("int8", "int4") else None
+    """The checkpoint in the job's format: a number type, or a name of `quantize=`."""
+    quantize = job["format"] if job["format"] in METHODS else None
     more = {"quantize": quantize, "threads": job["threads"], "draft": job.get("draft")}
     return loading.load(job["model"], job["device"], job["dtype"], **more)
 

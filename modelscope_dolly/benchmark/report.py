@@ -209,8 +209,11 @@ def _serve(results: dict) -> list[str]:
 
 def _quality(results: dict) -> list[str]:
     part = results["quality"]
+    stressed = any(row["outliers"] for row in part["rows"])
+    outliers = [("outliers", lambda row: f"{row['outliers']:g}" if row["outliers"] else "-")] if stressed else []
     table = _table(part["rows"], [
-        _FORMAT, ("KL mean", lambda row: f"{row['kl_mean']:.2e}"), ("KL 99 %", lambda row: f"{row['kl_p99']:.2e}"),
+        _FORMAT, *outliers, ("KL mean", lambda row: f"{row['kl_mean']:.2e}"),
+        ("KL 99 %", lambda row: f"{row['kl_p99']:.2e}"),
         ("top-1 same", lambda row: f"{row['top1']:.2%}"), ("perplexity", lambda row: f"{row['perplexity']:.4f}"),
     ], left=1)  # fmt: skip
     lines = [

@@ -26,13 +26,14 @@ from modelscope_dolly.cli import (
     score,
     serve,
     streams,
+    web,
 )  # fmt: skip
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import DollyError, SettingError
 
 COMMANDS = {
-    "ask": ask, "chat": chat, "batch": batch, "serve": serve, "plan": plan, "check": check, "quantize": quantize,
-    "export": export, "bench": bench, "eval": eval, "score": score,
+    "ask": ask, "chat": chat, "batch": batch, "serve": serve, "web": web, "plan": plan, "check": check,
+    "quantize": quantize, "export": export, "bench": bench, "eval": eval, "score": score,
 }  # fmt: skip
 
 

@@ -384,6 +384,20 @@ def test_quality_compares_with_what_transformers_predicts(checkpoint_dir):
     assert "built-in sample is small" in format_report({"quality": found})
 
 
+def test_quality_under_outliers(checkpoint_dir):
+    """The copy computes the same, but for rounding; 8-bit activations lose far more by it than those of 16."""
+    formats = ("int8", "int8-dynamic") if kernels.level() else ("int8",)
+    asked = BenchSettings(model=str(checkpoint_dir), quality=True, outliers=30.0, quantize=formats, dtypes=("fp32",))
+    found = run_benchmark(asked)["quality"]
+    rows = {(row["format"], row["outliers"]): row for row in found["rows"]}
+    assert list(rows) == [(name, factor) for factor in (None, 30.0) for name in ("fp32", *formats)]
+    assert rows["fp32", 30.0]["perplexity"] == pytest.approx(rows["fp32", None]["perplexity"], rel=1e-3)
+    lines = [line.split() for line in format_report({"quality": found}).splitlines()]
+    assert [line[:2] for line in lines if line and line[0] == "fp32"] == [["fp32", "-"], ["fp32", "30"]]
+    if kernels.level():
+        assert rows["int8-dynamic", 30.0]["kl_mean"] > 5 * rows["int8", 30.0]["kl_mean"]
+
+
 def test_start_is_told_by_phase(kept):
     found = run_benchmark(settings(kept, cold=True, repeats=1))["cold"]["rows"]
     assert [row["files_from"] for row in found] == ["memory", "disk"]

@@ -46,7 +46,9 @@ WORDS = [
     ".nan", "1_000", "+5", ".5", "[" * 3000, "{a: " * 500, "? ", "<<: {}", "|", ">", "%YAML 9.9", "---", "...", "\t",
     "\n", "\r", "\0", "\x85", "\u2028", "\ud800", "\udcff", "\ufeff", "\U0001f600", "é", "null", "~", "true", "no",
     "''", '"', "'", "#", ": ", "- ", ", ", "]", "}", "/dev/null", "/dev/full", "/proc/self/mem", "..", "/", "~nobody",
-    "a" * 5000, "{r: 16}", "{r: 1e9, alpha: " + "9" * 400 + "}", "{instruction: 5}",
+    "a" * 5000, "{r: 16}", "{r: 8, bits: 4}", "best",
+    "{r: 8, bits: 3, targets: [dense, 5]}", "{r: 8, targets: {}}", "{r: 1e9, alpha: " + "9" * 400 + "}",
+    "{instruction: 5}",
     "{model_id: me/x, revision: 1.0}", "ms:x/y@", "hf:./none", "auto", "none", "0", "1", "2", "3", "-1",
 ]  # fmt: skip
 HARDWARE = [
@@ -60,7 +62,10 @@ values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3).map(lambda parts: f"[{', '.join(parts)}]")
         | st.dictionaries(
-            st.sampled_from(["r", "alpha", "dropout", "instruction", "model_id", "revision", "token"]) | words,
+            st.sampled_from(
+                ["r", "alpha", "dropout", "targets", "bits", "instruction", "model_id", "revision", "token"]
+            )
+            | words,
             inner,
             max_size=3,
         ).map(lambda parts: "{" + ", ".join(f"{key}: {value}" for key, value in parts.items()) + "}")
@@ -108,7 +113,20 @@ def every_word() -> None:
     for word in WORDS:
         for text in (
             word,
-            *(f"{name}: {word}" for name in ("epochs", "seed", "strict", "learning_rate", "lora", "model")),
+            *(
+                f"{name}: {word}"
+                for name in (
+                    "epochs",
+                    "seed",
+                    "strict",
+                    "learning_rate",
+                    "lora",
+                    "model",
+                    "patience",
+                    "max_hours",
+                    "final_from",
+                )
+            ),
         ):
             path.write_bytes(text.encode("utf-8", "surrogatepass"))
             configured_or_one_line(path)

@@ -34,7 +34,7 @@ OF_THE_BASE = ("model", "model_revision")
 #: Settings that change no more than rounding, or nothing of the weights.
 HARMLESS = (
     "tokens_per_batch", "checkpoint_activations", "zero_stage", "offload", "save_every", "keep_checkpoints",
-    "eval_every", "report_to", "publish",
+    "eval_every", "report_to", "publish", "patience", "final_from", "max_hours",
 )  # fmt: skip
 #: Of this start alone.
 _OF_THE_START = ("resume", "output_dir")

@@ -20,7 +20,7 @@ from modelscope_dolly.engine.step_timer import StepTimer
 from modelscope_dolly.errors import SettingError
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 #: A sequence whose drafts did not pay gets another one after so many steps, then after twice as many, and so on.
 _FIRST_WAIT = 32
@@ -154,7 +154,7 @@ class DraftRun:
         return self._runner.forward(self.draft.net, tokens, step, self.cache, self.draft.timer)
 
 
-def _weights(config: GPTNeoXConfig) -> int:
+def _weights(config: NetworkConfig) -> int:
     """About so many numbers are read in a step."""
     layer = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
     return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
