@@ -153,7 +153,7 @@ def test_help_and_version_need_no_model_and_no_torch():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *DOLLY[1:], "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("ask", "chat", "plan", "check", "quantize", "export", "bench", "eval"):
+    for command in ("ask", "chat", "batch", "plan", "check", "quantize", "export", "bench", "eval"):
         assert command in done.stdout
     assert " torch" not in done.stderr
     assert dolly("--version").stdout.startswith("modelscope-dolly ")
