@@ -109,8 +109,8 @@ def build(text_generator: TextGenerator) -> gr.Blocks:
             elem_id="answer",
         )  # fmt: skip
         told = gr.HTML(elem_id="status")
-        examples = make(
-            gr.Dataset, {"label": "examples"}, components=[gr.Textbox(visible=False), gr.Textbox(visible=False)],
+        examples = gr.Dataset(
+            label=WORDS["en"]["examples"], components=[gr.Textbox(visible=False), gr.Textbox(visible=False)],
             samples=[[question, text] for _, _, question, text in EXAMPLES], layout="gallery", type="index",
             sample_labels=example_labels("en"), elem_id="examples",
         )  # fmt: skip
@@ -139,7 +139,7 @@ def build(text_generator: TextGenerator) -> gr.Blocks:
         examples.click(lambda index: EXAMPLES[index][2:], examples, [instruction, context], **quick)
 
         def in_language(code: str) -> list:
-            return [*labels.updates(code), gr.update(sample_labels=example_labels(code))]
+            return [*labels.updates(code), gr.update(label=WORDS[code]["examples"], sample_labels=example_labels(code))]
 
         def at_first(request: gr.Request) -> list:
             code = preferred_language(request.headers.get("accept-language"))
