@@ -144,7 +144,7 @@ def test_a_second_signal_ends_it_at_once_and_keys_are_never_told(checkpoint_dir)
         load(one)
         request = urllib.request.Request(
             one.address.replace("0.0.0.0", "127.0.0.1") + "/v1/chat/completions",
-            json.dumps(chat(1, max_tokens=1900, stream=True)).encode(),
+            json.dumps(chat(1, max_tokens=1900, stream=True, logit_bias={"65": 100})).encode(),
             {"Authorization": "Bearer se-cret"},
         )
         with urllib.request.urlopen(request, timeout=60) as stream:
@@ -159,7 +159,7 @@ def test_a_second_signal_ends_it_at_once_and_keys_are_never_told(checkpoint_dir)
 def test_what_is_not_done_when_the_time_to_drain_is_over_is_cut_and_the_exit_code_is_0(checkpoint_dir):
     with served(checkpoint_dir, "--drain", "0") as one:
         load(one)
-        body = json.dumps(chat(1, max_tokens=1900, stream=True)).encode()
+        body = json.dumps(chat(1, max_tokens=1900, stream=True, logit_bias={"65": 100})).encode()
         with urllib.request.urlopen(one.address + "/v1/chat/completions", body, timeout=60) as stream:
             stream.readline()
             one.process.send_signal(signal.SIGINT)

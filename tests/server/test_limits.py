@@ -13,7 +13,9 @@ from modelscope_dolly.server.api_errors import ApiError
 from modelscope_dolly.server.limits import Admission, Keys, RateLimit
 from tests.support.serving import post, read_all, running
 
-STREAM = {"messages": [{"role": "user", "content": "Count."}], "stream": True, "max_tokens": 1900, "n": 4}
+#: One token is far likelier than those that end an answer.
+ENDLESS = {"max_tokens": 1900, "logit_bias": {"65": 100}}
+STREAM = {"messages": [{"role": "user", "content": "Count."}], "stream": True, "n": 4, **ENDLESS}
 
 
 def refusal(function, *arguments) -> ApiError:
