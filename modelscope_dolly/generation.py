@@ -5,6 +5,7 @@ Everything goes through `TextGenerator.stream`; a list, one answer and a stream 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,6 +134,8 @@ class TextGenerator:
             SettingError: a form that cannot be kept, see structured.py.
         """
         if settings.choices:
+            longest = max(len(self.tokenizer.encode_text(text)) for text in settings.choices)
+            settings = dataclasses.replace(settings, max_new_tokens=longest)
             return ChoiceRequests(self.tokenizer, [self._fit(prompt, settings) for prompt in prompts], settings)
         lookup = settings.prompt_lookup if settings.prompt_lookup != "auto" else self._lookup_by_default
         proposer = self._prompt_lookup if lookup else None

@@ -88,7 +88,8 @@ class LLGuidanceConstraint:
         return mask > 0
 
     def advance(self, token: int) -> None:
-        self._matcher.consume_token(token)  # behind the end it says no, and changes nothing
+        if not self._matcher.is_stopped():  # behind the end there may be draft tokens
+            self._matcher.consume_token(token)
 
     def copy(self) -> LLGuidanceConstraint:
         return LLGuidanceConstraint(self._name, self._matcher.deep_copy())

@@ -72,6 +72,9 @@ BAD_VALUES = [
     ("logit_bias", [5, [1], {"a": 1}, {-1: 1}, {1: 101}, {1: "x"}, {True: 1}], "a dict of token ids and numbers, -100"),
     ("bad_words", ["", ["a", ""], [1], 5, ["\ud83d"]], "a text or a list of texts, none empty"),
     ("min_new_tokens", [-1, 1.5, "8", True, None], "a whole number of at least 0"),
+    ("choices", ["", ["a", ""], ["a", "a"], 5, ["\ud83d"], {"a": 1}], "a list of texts, none empty and none twice"),
+    ("regex", ["", 5, ["a"], "\ud83d"], "None or a regular expression that is not empty"),
+    ("json_schema", [5, "{}", [], True], "None or a JSON schema as a dict"),
 ]
 
 

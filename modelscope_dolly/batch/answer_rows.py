@@ -13,7 +13,7 @@ from modelscope_dolly.answer_requests import ChoiceRequests, TextRequests
 from modelscope_dolly.batch.input_rows import Row
 from modelscope_dolly.batch.row_file import RowFile
 from modelscope_dolly.engine.engine import SLOTS, Call
-from modelscope_dolly.errors import PromptError
+from modelscope_dolly.errors import HardwareError, PromptError
 from modelscope_dolly.generation import TextGenerator
 from modelscope_dolly.generation_settings import GenerationSettings
 
@@ -99,8 +99,11 @@ def answer_rows(
             except PromptError as error:
                 problems.append({"index": row.index, "line": row.line, "error": str(error)})
                 progress.add(0)
-            else:
+                continue
+            try:
                 asked[engine.submit(one.text.requests)] = one
+            except HardwareError as error:  # no memory: another machine may have it, so it is no bad row
+                raise HardwareError(f"line {row.line}: {error}") from None
         if not asked:
             engine.rest()
 

@@ -1,7 +1,7 @@
 """The `dolly` command, also reachable as `modelscope dolly ...`: its parser, its exit codes.
 
-A mistake that the user can fix is one line and exit code 2, Ctrl-C is 130; `dolly check` ends with 0 or 1. The modules
-of the commands import nothing heavy before they run.
+A mistake that the user can fix is one line and exit code 2, Ctrl-C is 130; `dolly check` and `dolly batch` end with 0
+or 1. The modules of the commands import nothing heavy before they run.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from modelscope_dolly.cli.bench import interrupt_once
@@ -42,6 +43,6 @@ def run(options: argparse.Namespace) -> int:
                 page.server.thread.join()
         except KeyboardInterrupt:
             print(file=sys.stderr)
-            return 128 + received[0]
+            return 128 + (received[0] if received else signal.SIGINT)
     complain("the web page has ended by itself")
     return 1

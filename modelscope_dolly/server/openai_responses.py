@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -148,15 +147,15 @@ class CompletionFormat:
             offset: of the first one in its text.
         """
         table: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        written = b""
         for id, logprob, top in logprobs:
             name = token_name(self._tokenizer, id)
             likely = {token_name(self._tokenizer, other): value for other, value in top}
             table["tokens"].append(name)
             table["token_logprobs"].append(logprob)
             table["top_logprobs"].append(None if logprob is None else {name: logprob, **likely})
-            table["text_offset"].append(offset)
-            offset += len(decoder.decode(self._tokenizer.token_bytes(id)))
+            table["text_offset"].append(offset + len(written.decode("utf-8", "replace")))
+            written += self._tokenizer.token_bytes(id)
         return table
 
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from modelscope_dolly.engine.sequence import Request as EngineRequest
-from modelscope_dolly.errors import DollyError
+from modelscope_dolly.errors import DollyError, PromptError
 from modelscope_dolly.generation import Prompt, TextGenerator
 from modelscope_dolly.generation_settings import GenerationSettings
 from modelscope_dolly.load import Dolly
@@ -27,6 +27,7 @@ from modelscope_dolly.server.server_settings import ServerSettings
 T = TypeVar("T")
 #: Bytes of a body whose tokens take milliseconds; longer ones are prepared beside the event loop.
 _SMALL = 1 << 15
+_TOO_LONG = "context_length_exceeded"
 
 
 @dataclass
@@ -101,16 +102,20 @@ class Service:
         record_of(request).body_bytes = size
         return body
 
-    async def prepared(self, request: Request, function: Callable[[], T], slow: bool = False) -> T:
+    async def prepared(
+        self, request: Request, function: Callable[[], T], slow: bool = False, code: str | None = None
+    ) -> T:
         """The result of work over the body's text; in a thread where it would keep other requests waiting.
 
         Raises:
-            ApiError: where it raises a DollyError.
+            ApiError: where it raises a DollyError; with the code for a PromptError.
         """
         try:
             if not slow and record_of(request).body_bytes <= _SMALL:
                 return function()
             return await asyncio.get_running_loop().run_in_executor(None, function)
+        except PromptError as error:
+            raise of_engine(error, code) from None
         except DollyError as error:
             raise of_engine(error) from None
 
@@ -121,7 +126,7 @@ class Service:
         generator, admission = self.generator, self.admission
         assert admission is not None
         slow = settings.regex is not None or settings.json_schema is not None  # an automaton is built
-        asked = await self.prepared(request, lambda: generator.requests(prompts, settings), slow)
+        asked = await self.prepared(request, lambda: generator.requests(prompts, settings), slow, _TOO_LONG)
         record = record_of(request)
         record.prompt_tokens = prompt_tokens(asked.requests)
         record.answers = Answers(self.driver, asked, admission, self.metrics, self.settings.first_seconds)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelscope_dolly.errors import DollyError, HardwareError, SettingError, one_line, shown
+from modelscope_dolly.errors import HardwareError, SettingError, one_line, shown
 
 if TYPE_CHECKING:
     from modelscope_dolly.load import Dolly
@@ -102,35 +102,41 @@ def serving(
 
     page = build(dolly.text_generator)
     try:
+        _launch(
+            page,
+            server_name=f"[{host}]" if ":" in host else host,
+            server_port=port,
+            share=share,
+            mcp_server=mcp,
+            auth=auth,
+            max_threads=dolly.text_generator.engine.slots + _SPARE_THREADS,
+            theme=theme(),
+            css=CSS,
+        )
+        if share and not page.share_url:
+            raise HardwareError("no public address was given: gradio's tunnel cannot be reached; leave out --share")
+        yield page
+    finally:
+        page.close(verbose=False)
+
+
+def _launch(page: Any, **options: Any) -> None:
+    try:
         with contextlib.redirect_stdout(sys.stderr):  # gradio prints some lines even where it is asked not to
             page.launch(
-                server_name=f"[{host}]" if ":" in host else host,
-                server_port=port,
-                share=share,
-                mcp_server=mcp,
-                auth=auth,
                 quiet=True,
                 prevent_thread_lock=True,
                 inbrowser=False,
                 inline=False,
                 ssr_mode=False,
                 pwa=False,
-                max_threads=dolly.text_generator.engine.slots + _SPARE_THREADS,
                 footer_links=[],
                 run_history=False,
                 enable_monitoring=False,
-                theme=theme(),
-                css=CSS,
+                **options,
             )
-        if share and not page.share_url:
-            raise HardwareError("no public address was given: gradio's tunnel cannot be reached; leave out --share")
-        yield page
-    except (DollyError, KeyboardInterrupt):
-        raise
     except Exception as error:  # whatever gradio, uvicorn or httpx raise
         raise HardwareError(f"the web page could not be started: {one_line(error)}") from error
-    finally:
-        page.close(verbose=False)
 
 
 def _stay_at_home() -> None:

@@ -11,7 +11,7 @@ import gradio as gr
 
 from modelscope_dolly.errors import DollyError
 from modelscope_dolly.generation import GenerationSettings, TextGenerator
-from modelscope_dolly.web.progress import Progress, ask, explain, settings_of, status
+from modelscope_dolly.web.progress import ask, explain, settings_of, status
 from modelscope_dolly.web.words import EXAMPLES, LANGUAGES, WORDS, preferred_language
 
 #: Questions that may wait for a free slot; whoever comes after them is told that the queue is full.
@@ -50,6 +50,22 @@ footer { display: none !important; }
 SUBDUED = {"body_text_color_subdued": "*neutral_500", "block_info_text_color": "*neutral_500"}
 SUBDUED |= {f"{name}_dark": "*neutral_400" for name in list(SUBDUED)}
 _SET_LANGUAGE = "(language) => { document.documentElement.lang = language === 'zh' ? 'zh-CN' : 'en'; }"
+
+
+class Ticket:
+    """By which a visitor's buttons reach the answer that is being made.
+
+    gradio's own `cancels` closes the generator, but what it sent last may arrive after what the button shows instead.
+    """
+
+    def __init__(self):
+        self.stopped = self.cleared = False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def clear(self) -> None:
+        self.stopped = self.cleared = True
 
 
 class Labels:
@@ -109,8 +125,8 @@ def build(text_generator: TextGenerator) -> gr.Blocks:
             elem_id="answer",
         )  # fmt: skip
         told = gr.HTML(elem_id="status")
-        examples = make(
-            gr.Dataset, {"label": "examples"}, components=[gr.Textbox(visible=False), gr.Textbox(visible=False)],
+        examples = gr.Dataset(
+            label=WORDS["en"]["examples"], components=[gr.Textbox(visible=False), gr.Textbox(visible=False)],
             samples=[[question, text] for _, _, question, text in EXAMPLES], layout="gallery", type="index",
             sample_labels=example_labels("en"), elem_id="examples",
         )  # fmt: skip
@@ -121,33 +137,31 @@ def build(text_generator: TextGenerator) -> gr.Blocks:
             }
         with make(gr.Accordion, {"label": "limits"}, open=False, elem_id="limits"):
             make(gr.Markdown, {"value": "limits_text"})
-        latest = gr.State(None)  # Progress of this visitor's answer, for the stop button
+        ticket = gr.State(Ticket())
 
         quick = dict(queue=False, show_progress="hidden", api_visibility="private")
-        shown = [answer, told, latest, start, stop]
-        begun = gr.on([start.click, instruction.submit, context.submit], _begin, language, shown, **quick)
-        run = begun.then(
-            partial(_run, text_generator), [instruction, context, language, *fields.values()], shown,
+        shown = [answer, told, start, stop]
+        begun = gr.on([start.click, instruction.submit, context.submit], _begin, language, [ticket, *shown], **quick)
+        begun.then(
+            partial(_run, text_generator), [ticket, instruction, context, language, *fields.values()], shown,
             show_progress="minimal", show_progress_on=told, api_visibility="private",
             concurrency_id="engine", concurrency_limit=text_generator.engine.slots,
         )  # fmt: skip
-        stop.click(_stopped, [latest, language], [told, start, stop], cancels=[run], **quick)
-        clear.click(
-            lambda: ["", "", "", "", None, gr.update(interactive=True), gr.update(interactive=False)], None,
-            [instruction, context, *shown], cancels=[run], **quick,
-        )  # fmt: skip
+        stop.click(Ticket.stop, ticket, None, **quick)
+        clear.click(_cleared, ticket, [instruction, context, *shown], **quick)
         examples.click(lambda index: EXAMPLES[index][2:], examples, [instruction, context], **quick)
 
         def in_language(code: str) -> list:
-            return [*labels.updates(code), gr.update(sample_labels=example_labels(code))]
+            return [*labels.updates(code), gr.update(label=WORDS[code]["examples"], sample_labels=example_labels(code))]
 
         def at_first(request: gr.Request) -> list:
             code = preferred_language(request.headers.get("accept-language"))
             return [code, *in_language(code)]
 
         changed = [*labels.components, examples]
-        language.input(in_language, language, changed, **quick).then(None, language, None, js=_SET_LANGUAGE)
-        page.load(at_first, None, [language, *changed], **quick).then(None, language, None, js=_SET_LANGUAGE)
+        language.input(in_language, language, changed, **quick)
+        language.change(None, language, None, js=_SET_LANGUAGE)
+        page.load(at_first, None, [language, *changed], **quick)
         gr.api(_api(text_generator), api_name="ask", concurrency_id="engine")
     return page.queue(api_open=False, max_size=QUEUE)
 
@@ -158,28 +172,42 @@ def example_labels(language: str) -> list[str]:
     return [f"{example[kind]}: {example[2]}" for example in EXAMPLES]
 
 
+def _idle() -> list:
+    """The buttons that ask and stop, where nothing is being answered."""
+    return [gr.update(interactive=True), gr.update(interactive=False)]
+
+
 def _begin(language: str) -> list:
     """The page as it is while an answer is made."""
     told = html.escape(WORDS[language]["waiting"])
-    return ["", told, None, gr.update(interactive=False), gr.update(interactive=True)]
+    return [Ticket(), "", told, gr.update(interactive=False), gr.update(interactive=True)]
 
 
-def _run(text_generator: TextGenerator, instruction: str, context: str, language: str, *values: Any) -> Iterator[list]:
-    """The page while the answer grows. gradio closes this generator when somebody presses stop or leaves."""
-    words, done = WORDS[language], [gr.update(interactive=True), gr.update(interactive=False)]
+def _run(
+    text_generator: TextGenerator, ticket: Ticket, instruction: str, context: str, language: str, *values: Any
+) -> Iterator[list]:
+    """The page while the answer grows. gradio closes this generator when its reader leaves."""
+    words, progress = WORDS[language], None
     try:
         settings = settings_of(dict(zip(SETTINGS, values, strict=True)))
         for progress in ask(text_generator, instruction, context, settings):
-            buttons = done if progress.ended else [gr.skip(), gr.skip()]
-            yield [progress.text, html.escape(status(progress, words)), progress, *buttons]
+            if ticket.stopped and not progress.ended:
+                break
+            buttons = _idle() if progress.ended else [gr.skip(), gr.skip()]
+            yield [progress.text, html.escape(status(progress, words)), *buttons]
     except DollyError as error:
         message = html.escape(explain(error, text_generator, instruction, context, words))
-        yield [gr.skip(), f'<span class="failed" role="alert">{message}</span>', None, *done]
+        yield [gr.skip(), f'<span class="failed" role="alert">{message}</span>', *_idle()]
+        return
+    if ticket.cleared:
+        yield ["", "", *_idle()]
+    elif not progress.ended:
+        yield [progress.text, html.escape(status(progress, words, cancelled=True)), *_idle()]
 
 
-def _stopped(progress: Progress | None, language: str) -> list:
-    told = html.escape(status(progress, WORDS[language], cancelled=True))
-    return [told, gr.update(interactive=True), gr.update(interactive=False)]
+def _cleared(ticket: Ticket) -> list:
+    ticket.clear()
+    return ["", "", "", "", *_idle()]
 
 
 def _api(text_generator: TextGenerator):

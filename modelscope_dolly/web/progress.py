@@ -68,10 +68,8 @@ def settings_of(form: dict[str, Any]) -> GenerationSettings:
     return GenerationSettings().updated(given)
 
 
-def status(progress: Progress | None, words: dict[str, str], cancelled: bool = False) -> str:
+def status(progress: Progress, words: dict[str, str], cancelled: bool = False) -> str:
     """One line about an answer, without markup."""
-    if progress is None:
-        return words["ended_cancelled"] if cancelled else words["waiting"]
     speed = progress.new_tokens / max(progress.seconds, 1e-6)
     if progress.ended is None and not cancelled:
         return words["running"].format(tokens=progress.new_tokens, speed=speed)

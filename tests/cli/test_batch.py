@@ -183,7 +183,7 @@ def test_ctrl_c_says_what_is_there_and_a_second_run_at_the_same_time_is_refused(
     model, source, tmp_path, commands, capsys
 ):
     output = tmp_path / "out.jsonl"
-    command = batch(source, output, model, "--max-new-tokens", "1500", "--slots", "2")
+    command = batch(source, output, model, "--max-new-tokens", "200", "--slots", "2")
     process = commands.start(*command)
     while not (output.exists() and output.stat().st_size):
         time.sleep(0.01)
@@ -269,3 +269,13 @@ def test_seeds_of_rows_differ_between_rows_and_runs():
     seeds = {row_seed(seed, index) for seed in range(30) for index in range(30)}
     assert len(seeds) == 900 and max(seeds) < 2**32
     assert row_seed(5, 0) == 4069051389  # that of a run which another version goes on with
+
+
+def test_what_ask_prints_of_choices_and_log_probabilities_stands_in_the_line(model, tmp_path):
+    source, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("Is it a colour?\nIs it a river?\n")
+    command = ["batch", str(source), str(output), "--model", model, "--json", "--logprobs", "1", "--order", "input"]
+    assert main([*command, "--choices", "yes,no"]) == 0
+    for row in answers_in(output):
+        assert row["text"] in ("yes", "no") and [choice["text"] for choice in row["choices"]] == ["yes", "no"]
+        assert len(row["logprobs"]) == row["new_tokens"]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from dataclasses import replace
 
@@ -340,6 +341,16 @@ def read(worker: queue.Queue, call) -> list[int]:
 
 def test_a_thread_takes_all_turns_for_callers_who_cannot_wait(engine, worker, requests, alone):
     assert [read(worker, engine.submit([requests[i]])) for i in range(4)] == alone[:4]
+
+
+def test_a_thread_that_takes_all_turns_uses_no_cpu_while_nobody_asks(engine, worker, requests):
+    read(worker, engine.submit([requests[0]]))
+    engine.generate([requests[1]])  # the turn of the first one has ended
+    clock = time.pthread_getcpuclockid(engine._state.worker)
+    while engine._state.owner is not None:
+        pass
+    before = time.clock_gettime(clock)
+    assert sum(range(3_000_000)) and time.clock_gettime(clock) - before < 0.02
 
 
 def test_callers_of_other_threads_only_wait_while_one_takes_all_turns(engine, worker, requests, alone):

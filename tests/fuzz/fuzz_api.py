@@ -30,6 +30,7 @@ GOOD = {
     "prompt_lookup": (True, False, "auto"), "logprobs": (None, 0, 5), "min_p": (0.0, 0.1),
     "presence_penalty": (0, 1.5), "frequency_penalty": (0, -0.5), "logit_bias": ({}, {5: -100, 7: 2.5}),
     "bad_words": ((), ["red", "dark red"]), "min_new_tokens": (0, 1),
+    "choices": ((), ["yes", "no"]), "regex": (None, "[a-z]+"), "json_schema": (None, {}, {"type": "integer"}),
 }  # fmt: skip
 
 

@@ -15,10 +15,11 @@ DOCUMENTS = [
 
 
 def test_log_likelihoods_are_those_of_our_scorer(server, checkpoint_dir):
-    lm_eval_models = pytest.importorskip("lm_eval.models.openai_completions", reason="needs the extra eval and api")
+    pytest.importorskip("tenacity", reason="needs lm_eval[api]")
     from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    client = lm_eval_models.LocalCompletionsAPI(
+    client = LocalCompletionsAPI(
         base_url=f"{server.url}/v1/completions", model="dolly", tokenizer=str(checkpoint_dir), batch_size=2,
         tokenizer_backend="huggingface", max_length=2048,
     )  # fmt: skip

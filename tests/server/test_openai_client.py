@@ -208,7 +208,9 @@ def test_exceptions_of_the_client_are_those_of_the_api(dolly):
             clients["wrong"].chat.completions.create(**asked)
         with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'"):
             clients["right"].chat.completions.create(**{**asked, "model": "gpt-4"})
-        with clients["right"].chat.completions.create(**asked, max_tokens=1500, stream=True) as stream:
+        with clients["right"].chat.completions.create(
+            **asked, max_tokens=1500, stream=True, logit_bias={"65": 100}
+        ) as stream:
             next(iter(stream))
             with pytest.raises(
                 openai.RateLimitError, match="the queue is full: 1 answers in work, 0 waiting"

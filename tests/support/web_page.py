@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 from tests.support.training_runs import free_port
 
 #: Seconds until something that should have happened counts as missing.
-PATIENCE = 60
+PATIENCE = 300
 
 
 @dataclasses.dataclass

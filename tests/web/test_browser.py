@@ -107,6 +107,19 @@ def test_the_answer_is_streamed_and_stop_cancels_it(visit, page):
     expect(tab.locator("#ask")).to_be_enabled()
 
 
+def test_clear_cancels_an_answer_and_leaves_an_empty_page(visit, page):
+    tab = visit()
+    fill(tab, "Name a colour.", tokens=LONG)
+    tab.locator("#ask").click()
+    expect(tab.locator("#answer textarea")).not_to_have_value("")
+    tab.locator("#clear").click()
+    assert page.endings.get(timeout=PATIENCE) == "cancelled"
+    expect(tab.locator("#ask")).to_be_enabled()
+    for place in ("#instruction", "#context", "#answer"):
+        expect(tab.locator(f"{place} textarea")).to_have_value("")
+    expect(tab.locator("#status")).to_have_text("")
+
+
 def test_whoever_leaves_frees_the_slot(visit, page):
     tab = visit()
     fill(tab, "Name a colour.", tokens=LONG)

@@ -19,6 +19,7 @@ from modelscope_dolly.errors import SettingError
 from modelscope_dolly.web import launch
 from tests.support.signals import interruptible
 from tests.support.training_runs import free_port
+from tests.support.web_page import PATIENCE
 
 
 @pytest.fixture
@@ -99,9 +100,9 @@ def command(checkpoint, *arguments: str) -> tuple[subprocess.Popen, int, str]:
 def test_open_to_others_the_command_warns_and_ctrl_c_ends_it_without_a_traceback(checkpoint_dir):
     pytest.importorskip("gradio", reason="gradio is not installed; modelscope-dolly[web] brings it")
     process, port, line = command(checkpoint_dir, "--host", "0.0.0.0")
-    with socket.create_connection(("127.0.0.1", port), timeout=10):  # a visitor who stays
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE):  # a visitor who stays
         process.send_signal(signal.SIGINT)
-    rest, told = process.communicate(timeout=60)
+    rest, told = process.communicate(timeout=PATIENCE)
     assert line == f"http://localhost:{port}/  (Ctrl-C stops)\n" and rest == ""
     assert process.returncode == 130
     assert "warning: whoever reaches this address can ask" in told and "Traceback" not in told
@@ -113,10 +114,11 @@ def test_a_password_is_asked_for_and_sigterm_ends_the_command(checkpoint_dir, tm
     process, port, _ = command(checkpoint_dir, "--auth", f"me:{tmp_path / 'password'}")
     url = f"http://127.0.0.1:{port}/"
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{url}gradio_api/info", timeout=30)
+        urllib.request.urlopen(f"{url}gradio_api/info", timeout=PATIENCE)
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-    opener.open(f"{url}login", urllib.parse.urlencode({"username": "me", "password": "s3cret"}).encode(), timeout=30)
-    assert opener.open(f"{url}gradio_api/info", timeout=30).status == 200
+    login = urllib.parse.urlencode({"username": "me", "password": "s3cret"}).encode()
+    opener.open(f"{url}login", login, timeout=PATIENCE)
+    assert opener.open(f"{url}gradio_api/info", timeout=PATIENCE).status == 200
     process.terminate()
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM and told.strip() == ""
