@@ -1,6 +1,6 @@
 """How much memory training takes, measured beside what train.plan predicts, as a table for docs/training.md.
 
-    python -m train.memory_table                                     all rows, about ten minutes on two cores
+    python -m train.memory_table                                     all rows, about a quarter of an hour on two cores
     python -m train.memory_table --shapes nano --settings z0,lora    some of them
 
 Random weights and the records of the nano recipe, two optimizer steps: in the second one all states exist. Each run has
@@ -54,7 +54,7 @@ SETTINGS = {
 }
 #: Of every run.
 _COMMON = {
-    "max_steps": 2, "max_length": 512, "tokens_per_batch": 1024, "global_batch_size": 16, "test_size": 0,
+    "max_steps": 2, "max_length": 512, "tokens_per_batch": 2048, "global_batch_size": 32, "test_size": 0,
     "eval_every": 0, "save_every": 10**9, "report_to": "none", "resume": "no", "checkpoint_activations": False,
 }  # fmt: skip
 #: glibc gives freed memory back at once: what is measured is what is in use, not what the allocator keeps for later.
