@@ -30,7 +30,7 @@ CORE = (
 )  # fmt: skip
 #: What hangs on the core through protocols, put together in load.py.
 EXTRAS = ("structured", "engine.speculative", "engine.cuda_graphs", "engine.gpt_neox_fused", "kernels.quantized_linear",
-          "kernels.triton_decode", "checkpoint.quantize")  # fmt: skip
+          "kernels.triton_decode", "checkpoint.quantize", "checkpoint.adapter")  # fmt: skip
 REGISTRIES = {"modelscope_dolly", "modelscope_dolly.model", "modelscope_dolly.pipeline"}
 HUB_CLIENT = {"modelscope_dolly.checkpoint.download"}
 HEAVY = {"torch", "transformers", "modelscope", "accelerate", "datasets", "deepspeed", "lm_eval", "gradio"}

@@ -26,6 +26,11 @@ ZERO_STAGES = ("auto", "0", "1", "2", "3")
 OFFLOADS = ("auto", "none", "optimizer", "all")
 SWITCH = ("auto", "true", "false")
 FINAL_FROM = ("last", "best")
+#: peft's layer for new rows reads the weight of the embedding from outside of it, where ZeRO 3 has not gathered it.
+NO_SPLIT_ADAPTERS = (
+    "lora works with zero_stage 0, 1 or 2: ZeRO 3 splits the frozen weights, and peft needs the embedding whole; to "
+    "save memory set lora: {r: 16, bits: 4}"
+)
 #: A year and a bit.
 MOST_HOURS = 10_000
 _PACKED = "batches are always packed; python -m train.bench compares them with padded ones: remove this line"
@@ -112,6 +117,9 @@ class TrainConfig:
                 require(value <= most, key.name, f"at most {most:,}")
         for name in ("gradient_clip", "weight_decay"):
             require(getattr(self, name) >= 0, name, "at least 0")
+        if self.lora is not None:
+            require(self.zero_stage != "3", "zero_stage", f"0, 1, 2 or auto: {NO_SPLIT_ADAPTERS}")
+            require(self.offload != "all", "offload", f"none, optimizer or auto: {NO_SPLIT_ADAPTERS}")
         require(0 <= self.max_hours <= MOST_HOURS, "max_hours", f"at least 0 and at most {MOST_HOURS:,}")
         for name, wanted in (("patience", self.patience > 0), ("final_from", self.final_from == "best")):
             measured = self.eval_every > 0 and self.test_size > 0

@@ -26,6 +26,8 @@ from typing import NamedTuple
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.cli.streams import complain
@@ -218,6 +220,7 @@ def train(setup: Setup, lock: FileLock | None = None, begun: float | None = None
     """
     config, data, choice, start = setup.resolved.config, setup.data, setup.choice, setup.start
     output = Path(config.output_dir)
+    weight_files(locate(config.model, config.model_revision))
     if is_first_process():
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from modelscope_dolly.checkpoint.config import read_config
-from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.download import SIDE_FILES, locate
 from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 from modelscope_dolly.engine.network_config import NetworkConfig
 from modelscope_dolly.errors import SettingError
@@ -117,7 +117,7 @@ def prepare(config: TrainConfig, world: int, batching: Batching | None = None) -
         except SettingError as error:
             raise SettingError(f"publish: {error}") from None
     lora = read_lora(config.lora)
-    base = locate(config.model, config.model_revision)
+    base = locate(config.model, config.model_revision, SIDE_FILES)  # the weights when it is known that they fit
     network = read_config(base)
     tokenizer = read_tokenizer(base, add_keys=True)
     if lora:

@@ -47,8 +47,8 @@ WORDS = [
     "\n", "\r", "\0", "\x85", "\u2028", "\ud800", "\udcff", "\ufeff", "\U0001f600", "é", "null", "~", "true", "no",
     "''", '"', "'", "#", ": ", "- ", ", ", "]", "}", "/dev/null", "/dev/full", "/proc/self/mem", "..", "/", "~nobody",
     "a" * 5000, "{r: 16}", "{r: 8, bits: 4}", "best",
-    "{r: 8, bits: 3, targets: [dense, 5]}", "{r: 8, targets: {}}", "{r: 1e9, alpha: " + "9" * 400 + "}",
-    "{instruction: 5}",
+    "{r: 8, bits: 3, targets: [dense, 5]}", "{r: 8, targets: {}}",
+    "{r: 1e9, alpha: " + "9" * 400 + "}", "{instruction: 5}",
     "{model_id: me/x, revision: 1.0}", "ms:x/y@", "hf:./none", "auto", "none", "0", "1", "2", "3", "-1",
 ]  # fmt: skip
 HARDWARE = [
