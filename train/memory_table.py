@@ -28,6 +28,7 @@ from tokenizers import AddedToken
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from modelscope_dolly.checkpoint.writer import export_checkpoint
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import DollyError, unknown_name
 from modelscope_dolly.files import read_json, write_json
@@ -67,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--settings", default=",".join(SETTINGS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # in the processes that this one starts
-    try:
+
+    def command() -> int:
         options = parser.parse_args(arguments)
         if options.measure:
             values = read_json(options.measure)
@@ -82,12 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
                 write_base(shape, Path(folder) / shape)
                 for name in settings:
                     print(row(shape, name, *run(Path(folder) / shape, name)), flush=True)
-    except DollyError as error:
-        print(f"train.memory_table: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return 0
+
+    return exit_code(command, "train.memory_table")
 
 
 def _chosen(kind: str, text: str, known: dict) -> list[str]:

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from tests.support.paths import ROOT
-from train import bench, demo, finetune, nano, plan, publish
+from train import bench, demo, finetune, memory_table, nano, plan, publish
 from train.nano import RECORDS, write_base
 
-COMMANDS = {module.__name__: module.main for module in (bench, demo, finetune, nano, plan, publish)}
+COMMANDS = {module.__name__: module.main for module in (bench, demo, finetune, memory_table, nano, plan, publish)}
 
 
 @pytest.fixture(scope="module")
