@@ -29,6 +29,7 @@ from modelscope_dolly.errors import DollyError, PublishError
 from modelscope_dolly.files import check_disk
 from train.config import Resolved, add_flags, resolve
 from train.data.collate import PassDataset
+from train.data.data_report import DataReport, RecordsRefused
 from train.distributed import check_agreement, is_first_process, launch_alone, print_first, rank, world_size
 from train.planning.hardware import Hardware
 from train.planning.memory import checkpoint_bytes, disk_need
@@ -152,7 +153,10 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     report_backends(config)
 
     # Records and batch plan.
-    data = prepare(config, world, batching)
+    try:
+        data = prepare(config, world, batching)
+    except RecordsRefused as error:
+        raise RecordsRefused(f"{error}{_all_problems(error.report, output)}") from None
     print_first(data.checked.report, ", ".join(f"{name} {value}" for name, value in data.plan.summary().items()))
 
     # Memory and disk: what fits, and why.
@@ -180,6 +184,15 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     return Setup(resolved, data, choice, origin, resume, start)
 
 
+def _all_problems(report: DataReport, output: Path) -> str:
+    """Write what is wrong with the records, and say where; the message has the first ten."""
+    if not is_first_process():
+        return ""
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        return f"; all of them are in {report.write_problems(output)}"
+
+
 def train(setup: Setup, lock: RunLock | None = None) -> DollyTrainer:
     """Train from the base model or a checkpoint to the last step.
 
@@ -196,6 +209,8 @@ def train(setup: Setup, lock: RunLock | None = None) -> DollyTrainer:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
             prepare_directory(output, setup.resume)
+            if problems := data.checked.report.write_problems(output):
+                print(f"what is noted about the records is in {problems}")
             base = describe_base(config.model, config.model_revision, data.base)
             record_start(output / "run.json", setup.resolved, data, choice, base, setup.resume.checkpoint)
     if not sys.stderr.isatty():
