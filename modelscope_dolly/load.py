@@ -70,6 +70,7 @@ def load(
     quantize: str | None = None,
     threads: int | None = None,
     draft: str | Path | None = None,
+    add_keys: bool = False,
 ) -> Dolly:
     """Load a checkpoint directory.
 
@@ -83,6 +84,7 @@ def load(
         threads: of the CPU, for the whole process; see hardware.choose_threads.
         draft: directory or hub id of a smaller model of the family with the same vocabulary; it proposes draft tokens
             for this one to verify. It lies on the same device, in the same number type, quantised the same way.
+        add_keys: a base model will do; see checkpoint.reader.open_checkpoint.
 
     Raises:
         CheckpointError, HardwareError, SettingError.
@@ -98,7 +100,7 @@ def load(
     draft = path_of("draft", draft) if draft is not None else None
     if threads is not None or chosen.value.type == "cpu":
         torch.set_num_threads(choose_threads(threads).value)
-    checkpoint = open_checkpoint(path, verify)
+    checkpoint = open_checkpoint(path, verify, add_keys)
     method = _quantization(checkpoint, requested)
     number_type = choose_number_type(checkpoint, chosen.value, dtype, method)
     place, number = chosen.value, number_type.value

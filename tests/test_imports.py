@@ -18,7 +18,8 @@ PACKAGE, RECIPE = ROOT / "modelscope_dolly", ROOT / "train"
 #: Files and folders of the package, lowest first. Each imports only what stands before it.
 ORDER = (
     "errors", "files", "hardware", "prompt", "text_stream", "kernels", "engine", "generation", "checkpoint",
-    "placement", "legacy_uploads", "load", "model", "pipeline", "evaluation", "benchmark", "cli",
+    "placement", "legacy_uploads", "load", "model", "pipeline", "evaluation", "benchmark", "compare",
+    "cli",
 )  # fmt: skip
 #: The way from a prompt to its text.
 CORE = (

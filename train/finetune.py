@@ -4,12 +4,14 @@
     deepspeed --module train.finetune train/recipes/dolly-v2-3b.yaml              all GPUs of this machine
     torchrun --nproc-per-node 8 --module train.finetune train/recipes/dolly-v2-3b.yaml
 
-Reads from top to bottom: the run directory, records, batch plan, hardware, resuming, training, export, publishing.
+Reads from top to bottom: the run directory, records, batch plan, hardware, resuming, training, export, comparison,
+publishing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import signal
@@ -21,6 +23,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -38,6 +41,7 @@ from train.prepare import Batching, PreparedData, prepare
 from train.publish import after_training, before_training
 from train.publishing.run_metadata import describe_base
 from train.training.arguments import report_backends, training_arguments
+from train.training.before_after import compare_before_after
 from train.training.callbacks import MetricsFile, Progress, SaveOnSignal, StopOnBadLoss, StopWithoutLock
 from train.training.checkpoints import DISK_REMEDY, Origin, existing_checkpoint_bytes, writing
 from train.training.elastic_resume import AfterConversion, StartingPoint, convert_together, starting_point
@@ -48,6 +52,8 @@ from train.training.resume_choice import ResumeChoice, choose_resume, origin_of
 from train.training.run_directory import FINAL, finish, prepare_directory
 from train.training.run_json import record_start
 from train.training.run_lock import RunLock, locked
+from train.training.run_report import write_report
+from train.training.samples import Samples
 from train.training.trainer import DollyTrainer
 
 _PEER_EXITED = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
@@ -123,8 +129,9 @@ def run(resolved: Resolved) -> Path:
             if publish:
                 before_training(publish)
             setup = set_up(resolved)
-            trainer = train(setup, lock)
-            export(setup, trainer, final)
+            export(setup, train(setup, lock), final)
+            if is_first_process():
+                look_back(setup, final)
         if publish:
             after_training(publish, final)
     return final
@@ -140,6 +147,7 @@ class Setup:
     origin: Origin
     resume: ResumeChoice
     start: StartingPoint
+    samples: Samples | None = None
 
 
 def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
@@ -158,6 +166,8 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     except RecordsRefused as error:
         raise RecordsRefused(f"{error}{_all_problems(error.report, output)}") from None
     print_first(data.checked.report, ", ".join(f"{name} {value}" for name, value in data.plan.summary().items()))
+
+    samples = Samples(config, data.tokenizer, data.held_out_records) if config.samples else None
 
     # Memory and disk: what fits, and why.
     hardware, job = Hardware.of_this_run(output), data.job
@@ -181,7 +191,7 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     check_lora(data.lora, start.stage, saved.path if saved else None)
     if start.stage != choice.stage:
         choice = choose(job, hardware, str(start.stage), **options)
-    return Setup(resolved, data, choice, origin, resume, start)
+    return Setup(resolved, data, choice, origin, resume, start, samples)
 
 
 def _all_problems(report: DataReport, output: Path) -> str:
@@ -229,8 +239,8 @@ def train(setup: Setup, lock: RunLock | None = None) -> DollyTrainer:
                  AfterConversion(start), stopper := SaveOnSignal()]  # fmt: skip
     passes = PassDataset(data.plan, data.examples, data.tokenizer.control.eos, data.batching.collate)
     trainer = DollyTrainer(
-        config, passes, checkpoint_bytes(data.job.trained), data.held_out, setup.origin, model=model, args=arguments,
-        callbacks=callbacks,
+        config, passes, checkpoint_bytes(data.job.trained), data.held_out, setup.origin, setup.samples, model=model,
+        args=arguments, callbacks=callbacks,
     )  # fmt: skip
     check_agreement((choice.stage, choice.offload, choice.dtype, choice.recompute))
     trainer.train(resume_from_checkpoint=str(start.path) if start.path else None)
@@ -254,6 +264,17 @@ def export(setup: Setup, trainer: DollyTrainer, final: Path) -> None:
         print(f"wrote {final}; try: dolly ask --model {final} 'Name three colours.'")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def look_back(setup: Setup, final: Path) -> None:
+    """Compare the result with its base, and write the report of the run."""
+    gc.collect()  # the trainer is gone, and its memory is for the two models
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    data = setup.data
+    compare_before_after(setup.resolved.config, data.base, final, data.held_out_records)
+    with writing(final.parent):
+        print(f"wrote {write_report(final.parent, data.checked.report)}")
 
 
 if __name__ == "__main__":

@@ -51,8 +51,10 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in parameter_shapes(self.config).values())
 
 
-def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
+def open_checkpoint(path: str | Path, verify: bool = True, add_keys: bool = False) -> Checkpoint:
     """Check everything but the values of the weights, in seconds; with `verify` also the manifest, where there is one.
+
+    With `add_keys` a base model will do: its tokenizer gets the three keys, as in training.
 
     Raises:
         CheckpointError: names the file, what was found, what was expected, and the command that repairs it.
@@ -67,7 +69,7 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
         files = weight_files(path)
         if verify:
             raise_problems(manifest.differences(path, [*_side_files(path), *(file.name for file in files)]))
-        tokenizer = read_tokenizer(path)
+        tokenizer = read_tokenizer(path, add_keys)
         check_vocabulary(path, config, tokenizer)
         tensors = tensor_locations(path, config)
     except CheckpointError as error:
