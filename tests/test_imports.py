@@ -35,7 +35,9 @@ HUB_CLIENT = {"modelscope_dolly.checkpoint.download"}
 HEAVY = {"torch", "transformers", "modelscope", "accelerate", "datasets", "deepspeed", "lm_eval"}
 LIGHT = ("", "errors", "files", "legacy_uploads", "prompt", "checkpoint.manifest", "cli.main", "benchmark",
          "evaluation", "evaluation.published", "evaluation.comparison", "evaluation.tables", "evaluation.task_data",
-         "evaluation.store", "evaluation.command", "benchmark.bench_options")  # fmt: skip
+         "evaluation.store", "evaluation.own_task_files",
+         "evaluation.own_tasks", "evaluation.command", "compare", "compare.held_out",
+         "cli.compare", "benchmark.bench_options")  # fmt: skip
 
 
 def part(module: str) -> str:
