@@ -47,7 +47,9 @@ WORDS = [
     "\n", "\r", "\0", "\x85", "\u2028", "\ud800", "\udcff", "\ufeff", "\U0001f600", "é", "null", "~", "true", "no",
     "''", '"', "'", "#", ": ", "- ", ", ", "]", "}", "/dev/null", "/dev/full", "/proc/self/mem", "..", "/", "~nobody",
     "a" * 5000, "{r: 16}", "{r: 1e9, alpha: " + "9" * 400 + "}", "{instruction: 5}",
-    "{model_id: me/x, revision: 1.0}", "ms:x/y@", "hf:./none", "auto", "none", "0", "1", "2", "3", "-1",
+    "{model_id: me/x, revision: 1.0}", "[a.jsonl, {path: b.csv, share: 2}]", "{path: ., repeat: 1e9}", "[{context: a}]",
+    "{path: none.csv, share: .5, columns: {messages: 5}}", "[[]]", "/**", "*.[", "last",
+    "ms:x/y@", "hf:./none", "auto", "none", "0", "1", "2", "3", "-1",
 ]  # fmt: skip
 HARDWARE = [
     "cpu", "cpu,host=1T", "8xA100-80G", "99999xT4-16G", "9999999xA10-24G", "0xA10-24G", "٣xA100-80G",
@@ -60,7 +62,23 @@ values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3).map(lambda parts: f"[{', '.join(parts)}]")
         | st.dictionaries(
-            st.sampled_from(["r", "alpha", "dropout", "instruction", "model_id", "revision", "token"]) | words,
+            st.sampled_from(
+                [
+                    "r",
+                    "alpha",
+                    "dropout",
+                    "instruction",
+                    "model_id",
+                    "revision",
+                    "token",
+                    "path",
+                    "share",
+                    "repeat",
+                    "columns",
+                    "context",
+                ]
+            )
+            | words,
             inner,
             max_size=3,
         ).map(lambda parts: "{" + ", ".join(f"{key}: {value}" for key, value in parts.items()) + "}")
@@ -108,7 +126,20 @@ def every_word() -> None:
     for word in WORDS:
         for text in (
             word,
-            *(f"{name}: {word}" for name in ("epochs", "seed", "strict", "learning_rate", "lora", "model")),
+            *(
+                f"{name}: {word}"
+                for name in (
+                    "epochs",
+                    "seed",
+                    "strict",
+                    "learning_rate",
+                    "lora",
+                    "model",
+                    "dataset",
+                    "samples",
+                    "multi_turn",
+                )
+            ),
         ):
             path.write_bytes(text.encode("utf-8", "surrogatepass"))
             configured_or_one_line(path)

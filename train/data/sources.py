@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -27,6 +28,8 @@ HUB_DATASET = re.compile(
     rf"(?P<id>{HUB_ID.pattern})(/(?P<subset>\w[\w.-]*))?(@(?P<revision>[\w.+/-]+))?(#(?P<rows>[1-9][0-9]{{0,11}}))?",
     re.ASCII,
 )
+#: Of a glob; one that matches more looks through a whole disk.
+MOST_MATCHES = 10_000
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -135,7 +138,10 @@ def _files(path: str) -> list[Path]:
                                    f"{SOURCES}")  # fmt: skip
             return found
         if not given.exists() and _GLOB.search(path):
-            found = sorted(Path(name) for name in glob.glob(str(given), recursive=True) if Path(name).is_file())
+            matches = list(itertools.islice(glob.iglob(str(given), recursive=True), MOST_MATCHES + 1))
+            if len(matches) > MOST_MATCHES:
+                raise SettingError(f"dataset {path!r} matches more than {MOST_MATCHES:,} files; give a narrower one")
+            found = sorted(Path(name) for name in matches if Path(name).is_file())
             if not found:
                 raise SettingError(f"dataset {path!r} matches no file; it must be {SOURCES}")
             for file in found:
