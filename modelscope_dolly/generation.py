@@ -8,142 +8,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import numbers
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from modelscope_dolly.answer_requests import ChoiceRequests, FittedPrompt, TextRequests, Update, score_request
+from modelscope_dolly.engine.constraints import Constraint
 from modelscope_dolly.engine.engine import Engine
-from modelscope_dolly.engine.sequence import Proposer, Request
-from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
+from modelscope_dolly.engine.sequence import Proposer, TokenLogprob
 from modelscope_dolly.errors import PromptError, SettingError, is_whole, shown, unknown_name
+from modelscope_dolly.generation_settings import MOST_LOGPROBS, GenerationSettings
 from modelscope_dolly.prompt import DollyTokenizer, check_instruction, check_text, reduce_conversation
-from modelscope_dolly.text_stream import TextStream
 
 log = logging.getLogger("modelscope.dolly")
 
 #: Slots used for a list when the caller gives no batch_size.
 DEFAULT_SLOTS = 8
-#: torch's generator tells this many seeds apart.
-SEEDS = 2**32
-#: Whole numbers that the engine and a GPU count with.
-_MOST = 2**31 - 1
-#: Answers to one input.
-_MOST_SEQUENCES = 1 << 16
-#: Repetition penalties that leave every logit a finite float32, whatever the network.
-_PENALTIES = (1e-6, 1e6)
-OVERFLOW_MODES = ("error", "truncate_context")
 _QUESTION_KEYS = ("instruction", "text", "messages")
 _INPUT_KEYS = {*_QUESTION_KEYS, "context"}
 _RECORD_KEYS = {"response", "category"}  # of databricks-dolly-15k; a record can be asked as it is
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """Keywords of a call, named as `transformers` generate names them; the defaults are those of the public pipeline.
-
-    Attributes:
-        max_new_tokens: at most so many tokens; cut, with a warning, to what the window leaves.
-        do_sample, temperature, top_k, top_p, repetition_penalty: see engine/settings.Sampling.
-        num_return_sequences: answers per input; their seeds are seed, seed + 1, ...
-        seed: of each answer's own generator; None takes one from torch's global generator (torch.manual_seed).
-        stop: text or texts that end an answer and are not part of it.
-        return_full_text: put the instruction and a newline before the answer.
-        on_overflow: "error", or "truncate_context" to shorten a context that leaves no room for max_new_tokens (or for
-            half of the window, if that is less).
-        prompt_lookup: True for speculative decoding with draft tokens from the prompt, which answers often copy from;
-            "auto" does so with float32 weights, where it does not show in the answer.
-    """
-
-    max_new_tokens: int = MAX_NEW_TOKENS
-    do_sample: bool = Sampling.do_sample
-    temperature: float = Sampling.temperature
-    top_k: int = Sampling.top_k
-    top_p: float = Sampling.top_p
-    repetition_penalty: float = Sampling.repetition_penalty
-    num_return_sequences: int = 1
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    return_full_text: bool = False
-    on_overflow: str = "error"
-    prompt_lookup: bool | str = "auto"
-
-    def updated(self, keywords: Mapping[str, Any]) -> GenerationSettings:
-        """These settings with `keywords` on top, all checked.
-
-        Raises:
-            SettingError: unknown keyword (the nearest known one is named), or a value out of range.
-        """
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in keywords:
-            if name not in known:
-                raise SettingError(unknown_name("keyword", name, known))
-        changed = dataclasses.replace(self, **keywords)
-        problems = [message for holds, message in changed._requirements() if not holds]
-        if problems:
-            raise SettingError("; ".join(problems))
-        stop = (changed.stop,) if isinstance(changed.stop, str) else tuple(changed.stop or ())
-        # Python's own numbers from here on: NumPy's are of fixed size, and overflow in arithmetic with seeds.
-        whole = {name: int(getattr(changed, name) or 0) for name in ("max_new_tokens", "top_k", "num_return_sequences")}
-        real = {name: float(getattr(changed, name)) for name in ("temperature", "top_p", "repetition_penalty")}
-        seed = int(changed.seed) if changed.seed is not None else None
-        return dataclasses.replace(changed, stop=stop, seed=seed, **whole, **real)
-
-    def samplings(self) -> list[Sampling]:
-        """One for each returned sequence, with its seed. Each input of a list starts from the same seed as if alone."""
-        first = self.seed if self.seed is not None else int(torch.randint(0, SEEDS, ()))
-        return [
-            Sampling(
-                self.do_sample,
-                self.temperature,
-                self.top_k,
-                self.top_p,
-                self.repetition_penalty,
-                (first + i) % SEEDS,
-            )
-            for i in range(self.num_return_sequences)
-        ]
-
-    def _requirements(self) -> Iterator[tuple[bool, str]]:
-        def real(value: Any, low: float, high: float = sys.float_info.max) -> bool:
-            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            return number and low <= value <= high
-
-        def must(holds: bool, name: str, allowed: str) -> tuple[bool, str]:
-            return holds, f"{name} is {shown(getattr(self, name))}, it must be {allowed}"
-
-        above_0 = math.ulp(0.0)
-        low, high = _PENALTIES
-        yield must(is_whole(self.max_new_tokens, 1, _MOST), "max_new_tokens", "a whole number of at least 1")
-        yield must(isinstance(self.do_sample, bool), "do_sample", "True or False")
-        yield must(
-            real(self.temperature, above_0),
-            "temperature",
-            "a number above 0 (for the likeliest answer pass do_sample=False)",
-        )
-        top_k = self.top_k is None or is_whole(self.top_k, 0, _MOST)
-        yield must(top_k, "top_k", "a whole number of at least 0 (0: all tokens)")
-        yield must(real(self.top_p, above_0, 1), "top_p", "a number in (0, 1]")
-        penalty = f"above 0, from {low:g} to {high:g}"
-        yield must(real(self.repetition_penalty, low, high), "repetition_penalty", penalty)
-        several = is_whole(self.num_return_sequences, 1, _MOST_SEQUENCES)
-        yield must(several, "num_return_sequences", f"a whole number of at least 1, at most {_MOST_SEQUENCES}")
-        if several and self.num_return_sequences != 1:
-            yield must(self.do_sample is True, "do_sample", "True for several sequences: greedy ones are all the same")
-        seed = self.seed is None or is_whole(self.seed, 0, SEEDS - 1)
-        yield must(seed, "seed", f"None or a whole number, 0 to {SEEDS - 1}")
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        texts = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
-        yield must(stop is None or texts, "stop", "a text or a list of texts, none empty")
-        yield must(isinstance(self.return_full_text, bool), "return_full_text", "True or False")
-        mode = isinstance(self.on_overflow, str) and self.on_overflow in OVERFLOW_MODES
-        yield must(mode, "on_overflow", f"one of {', '.join(OVERFLOW_MODES)}")
-        lookup = self.prompt_lookup
-        lookup = isinstance(lookup, bool) or (isinstance(lookup, str) and lookup == "auto")
-        yield must(lookup, "prompt_lookup", "True, False or 'auto'")
 
 
 @dataclass(frozen=True)
@@ -192,15 +75,12 @@ def parse_input(value: Any, ignore_unknown: bool = False, context: str | None = 
     return Prompt(instruction, max(contexts, default=None, key=len))  # the one that is not empty
 
 
-@dataclass(frozen=True)
-class Update:
-    """News of one answer: its text so far, and why it ended (`stop`, `length`), None while it goes on."""
-
-    index: int
-    text: str
-    finish_reason: str | None
-    new_tokens: int
-    prompt_tokens: int
+def perplexity(logprob: float, tokens: int) -> float:
+    """exp of the mean negative log-probability; infinite where it is larger than any number."""
+    try:
+        return math.exp(-logprob / tokens)
+    except OverflowError:
+        return math.inf
 
 
 class TextGenerator:
@@ -211,6 +91,7 @@ class TextGenerator:
         tokenizer: of the network.
         prompt_lookup: makes a proposer of draft tokens from a prompt, where settings ask for it.
         lookup_by_default: what the setting "auto" means here.
+        forms: makes what keeps answers to a regex or a JSON schema, see structured.py.
     """
 
     def __init__(
@@ -219,9 +100,10 @@ class TextGenerator:
         tokenizer: DollyTokenizer,
         prompt_lookup: Callable[[Sequence[int]], Proposer] | None = None,
         lookup_by_default: bool = False,
+        forms: Callable[[str | None, Mapping | None], Callable[[], Constraint]] | None = None,
     ):
         self.engine, self.tokenizer = engine, tokenizer
-        self._prompt_lookup, self._lookup_by_default = prompt_lookup, lookup_by_default
+        self._prompt_lookup, self._lookup_by_default, self._forms = prompt_lookup, lookup_by_default, forms
 
     def stream(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> Iterator[Update]:
         """Yield an Update whenever the text of an answer grew and when it ended.
@@ -232,30 +114,45 @@ class TextGenerator:
             PromptError: an input leaves no room for an answer, see fit.
             HardwareError: see Engine.run.
         """
-        requests: list[Request] = []
-        streams: list[TextStream] = []
+        asked = self.requests(prompts, settings)
+        for token in self.engine.run(asked.requests, max(slots, asked.slots)):
+            if update := asked.update(token):
+                yield update
+
+    def requests(
+        self, prompts: Sequence[Prompt | list[int]], settings: GenerationSettings
+    ) -> TextRequests | ChoiceRequests:
+        """What the engine is asked for these prompts, for a caller who submits it himself.
+
+        Args:
+            prompts: a list of token ids is continued as it is, and white space around the text is kept.
+            settings: of all answers.
+
+        Raises:
+            PromptError: as stream.
+            SettingError: a form that cannot be kept, see structured.py.
+        """
+        if settings.choices:
+            longest = max(len(self.tokenizer.encode_text(text)) for text in settings.choices)
+            settings = dataclasses.replace(settings, max_new_tokens=longest)
+            return ChoiceRequests(self.tokenizer, [self._fit(prompt, settings) for prompt in prompts], settings)
         lookup = settings.prompt_lookup if settings.prompt_lookup != "auto" else self._lookup_by_default
-        for prompt in prompts:
-            ids, room = self.fit(prompt, settings)
-            for sampling in settings.samplings():
-                stream = TextStream(self.tokenizer, tuple(settings.stop))
-                streams.append(stream)
-                proposer = self._prompt_lookup if lookup else None
-                requests.append(Request(ids, room, sampling, self.tokenizer.control.stop, stream.push, proposer))
-        texts = [""] * len(requests)
-        counts = [0] * len(requests)
-        for token in self.engine.run(requests, slots):
-            stream = streams[token.index]
-            counts[token.index] += token.id not in requests[token.index].stop_ids
-            if token.finish_reason:
-                stream.finish()
-            text = stream.text if token.finish_reason else stream.texts.popleft()
-            if token.finish_reason or text != texts[token.index]:
-                texts[token.index] = text
-                prompt = prompts[token.index // settings.num_return_sequences]
-                head = f"{prompt.instruction}\n" if settings.return_full_text else ""
-                used = len(requests[token.index].ids)
-                yield Update(token.index, head + text, token.finish_reason, counts[token.index], used)
+        proposer = self._prompt_lookup if lookup else None
+        constraint = self._constraint(settings)
+        fitted = [self._fit(prompt, settings) for prompt in prompts]
+        return TextRequests(self.tokenizer, fitted, settings, proposer, constraint)
+
+    def _constraint(self, settings: GenerationSettings) -> Callable[[], Constraint] | None:
+        if settings.regex is None and settings.json_schema is None:
+            return None
+        if self._forms is None:
+            raise SettingError("regex and json_schema: this model was loaded without what keeps answers to a form")
+        return self._forms(settings.regex, settings.json_schema)
+
+    def _fit(self, prompt: Prompt | list[int], settings: GenerationSettings) -> FittedPrompt:
+        raw = not isinstance(prompt, Prompt)
+        whole = settings.return_full_text and not raw
+        return FittedPrompt(*self.fit(prompt, settings), f"{prompt.instruction}\n" if whole else "", raw)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, slots: int) -> list[list[Update]]:
         """The last update of each answer, grouped by prompt."""
@@ -263,22 +160,89 @@ class TextGenerator:
         count = settings.num_return_sequences
         return [[last[prompt * count + i] for i in range(count)] for prompt in range(len(prompts))]
 
-    def fit(self, prompt: Prompt, settings: GenerationSettings) -> tuple[list[int], int]:
+    def score(self, ids: Sequence[int], begin: int, top: int = 0) -> list[TokenLogprob]:
+        """Log-probabilities of ids[begin:], each given all ids before it; of the `top` likeliest in their places, too.
+
+        Raises: as scores.
+        """
+        return self.scores([(ids, begin)], top, slots=1)[0]
+
+    def scores(
+        self, texts: Sequence[tuple[Sequence[int], int]], top: int = 0, slots: int = DEFAULT_SLOTS
+    ) -> list[list[TokenLogprob]]:
+        """`score` of several (ids, begin), `slots` at the same time. Nothing is generated.
+
+        Raises:
+            PromptError: nothing before `begin` or behind it, or more ids than the window has.
+            SettingError: `top` is out of range.
+        """
+        if not is_whole(top, 0, MOST_LOGPROBS):
+            raise SettingError(f"top is {shown(top)}, it must be a whole number, 0 to {MOST_LOGPROBS}")
+        requests = [score_request(ids[:begin], ids[begin:], top) for ids, begin in texts]
+        scores: list[list[TokenLogprob]] = [[] for _ in requests]
+        for token in self.engine.run(requests, slots):
+            scores[token.index].append(token.logprob)
+        return scores
+
+    def encode_answer(self, prompt: Prompt, answer: str, end: bool = False) -> tuple[list[int], int]:
+        """Ids of a prompt with its answer, and where the answer begins; for score.
+
+        Args:
+            end: with the blank line and the key that end an answer, all that is learned in training.
+
+        Raises:
+            PromptError: the answer is no text, or empty.
+        """
+        if not check_text("answer", answer):
+            raise PromptError("the answer is empty: there is nothing to score")
+        if not isinstance(end, bool):
+            raise SettingError(f"end is {shown(end)}, it must be True or False")
+        if end:
+            return self.tokenizer.encode_example(prompt.instruction, prompt.context, answer)
+        ids = self.tokenizer.encode(prompt.instruction, prompt.context)
+        return [*ids, *self.tokenizer.encode_text(answer)], len(ids)
+
+    def details(self, update: Update) -> dict[str, Any]:
+        """What an output holds beside the text, as JSON has it: "logprobs" and "choices", where they were asked for."""
+        found: dict[str, Any] = {}
+        if update.choices is not None:
+            found["choices"] = [choice._asdict() for choice in update.choices]
+        if update.logprobs is not None:
+            found["logprobs"] = [self.logprob_dict(one) for one in update.logprobs]
+        return found
+
+    def score_dict(self, score: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """{"logprob", "perplexity", "logprobs"} of an answer, see pipeline.DollyTextGenerationPipeline.score."""
+        total = math.fsum(one.logprob for one in score)
+        logprobs = [self.logprob_dict(one) for one in score]
+        return {"logprob": total, "perplexity": perplexity(total, len(score)), "logprobs": logprobs}
+
+    def logprob_dict(self, logprob: TokenLogprob) -> dict[str, Any]:
+        """{"id", "token", "logprob", "top": [the same of the likeliest]}; "token" is text, see prompt.token_text."""
+
+        def named(id: int, value: float) -> dict[str, Any]:
+            return {"id": id, "token": self.tokenizer.token_text(id), "logprob": value}
+
+        return {**named(logprob.id, logprob.logprob), "top": [named(*pair) for pair in logprob.top]}
+
+    def fit(self, prompt: Prompt | list[int], settings: GenerationSettings) -> tuple[list[int], int]:
         """Prompt ids, and how many new tokens the window leaves for them (at most max_new_tokens).
 
         Raises:
             PromptError: not even one; the message has the counts.
         """
         window, wanted = self.engine.window, settings.max_new_tokens
-        ids = self.tokenizer.encode(prompt.instruction, prompt.context)
+        raw = not isinstance(prompt, Prompt)
+        ids = list(prompt) if raw else self.tokenizer.encode(prompt.instruction, prompt.context)
+        context = None if raw else prompt.context
         # A context gives way until the answer has what it wants, but not more than half of the window for it.
         limit = window - min(wanted, window // 2)
-        if settings.on_overflow == "truncate_context" and prompt.context and len(ids) > limit:
+        if settings.on_overflow == "truncate_context" and context and len(ids) > limit:
             ids = self._with_shorter_context(prompt, limit)
         room = window - len(ids)
         if room < 1:
-            whole = prompt.context and settings.on_overflow == "error"  # else all of a context has been cut already
-            remedy = 'context, or pass on_overflow="truncate_context"' if whole else "instruction"
+            whole = context and settings.on_overflow == "error"  # else all of a context has been cut already
+            remedy = 'context, or pass on_overflow="truncate_context"' if whole else "prompt" if raw else "instruction"
             raise PromptError(
                 f"the prompt has {len(ids)} tokens and the window {window}, which leaves no room for an answer; "
                 f"shorten the {remedy}"

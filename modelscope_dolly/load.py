@@ -1,12 +1,13 @@
 """From a checkpoint directory to a model that answers, on one device or spread over several.
 
-The one place that joins the network with weights, quantised layers, speculative decoding and CUDA graphs. Knows nothing
-of ModelScope: model.py and pipeline.py adapt it, the command line uses it directly.
+The one place that joins the network with weights, quantised layers, speculative decoding, CUDA graphs and forms. Knows
+nothing of ModelScope: model.py and pipeline.py adapt it, the command line uses it directly.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from modelscope_dolly.engine.gpt_neox import GPTNeoX, parameter_shapes
 from modelscope_dolly.engine.speculative.decoding import SpeculativeDecoding
 from modelscope_dolly.engine.speculative.draft_model import DraftModel
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
-from modelscope_dolly.errors import HardwareError, SettingError, shown
+from modelscope_dolly.errors import HardwareError, SettingError, is_whole, shown
 from modelscope_dolly.files import path_of
 from modelscope_dolly.generation import TextGenerator
 from modelscope_dolly.hardware import (
@@ -39,8 +40,12 @@ from modelscope_dolly.hardware import (
 from modelscope_dolly.kernels import cpu
 from modelscope_dolly.kernels.quantized_linear import METHODS, PackedLinear, is_linear, parse_quantize, replace_linears
 from modelscope_dolly.placement import check_device_map, check_memory, device_of, plan_placement, spread
+from modelscope_dolly.structured import Forms
 
 log = logging.getLogger("modelscope.dolly")
+
+#: Sequences that one engine runs at the same time.
+MOST_SLOTS = 4096
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def load(
     quantize: str | None = None,
     threads: int | None = None,
     draft: str | Path | None = None,
+    slots: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
     add_keys: bool = False,
 ) -> Dolly:
     """Load a checkpoint directory.
@@ -84,11 +91,16 @@ def load(
         threads: of the CPU, for the whole process; see hardware.choose_threads.
         draft: directory or hub id of a smaller model of the family with the same vocabulary; it proposes draft tokens
             for this one to verify. It lies on the same device, in the same number type, quantised the same way.
+        slots: answers that are worked on at the same time, of all callers, as far as memory goes; None is 32, or more
+            where a call asks for more.
+        progress: called while the weights are read, with how many there are so far and in all.
         add_keys: a base model will do; see checkpoint.reader.open_checkpoint.
 
     Raises:
         CheckpointError, HardwareError, SettingError.
     """
+    if slots is not None and not is_whole(slots, 1, MOST_SLOTS):
+        raise SettingError(f"slots is {shown(slots)}, it must be a whole number from 1 to {MOST_SLOTS}")
     if device_map is not None:
         check_device_map(device_map)
         if device is not None and not (isinstance(device, str) and device == "gpu"):
@@ -110,18 +122,18 @@ def load(
         log.info("device %s; weights in %s", chosen, number_type)
         if place.type == "cpu":
             log.info("packed linear layers and attention of decode steps: %s", cpu.describe())
-        net = load_network(checkpoint, number, {"": place}, method)
+        net = load_network(checkpoint, number, {"": place}, method, progress)
     else:
         placement = plan_placement(checkpoint.config, number, device_map)
         log.info("weights in %s over %s", number_type, sorted(map(str, set(placement.values()))))
-        net = load_network(checkpoint, number, placement, method)
+        net = load_network(checkpoint, number, placement, method, progress)
         place = spread(net, placement)
-    engine = Engine(
-        net, place, checkpoint.config.max_position_embeddings, partial(SpeculativeDecoding, draft=draft_model)
-    )
+    window = checkpoint.config.max_position_embeddings
+    engine = Engine(net, place, window, partial(SpeculativeDecoding, draft=draft_model), slots=slots)
     if place.type == "cuda" and device_map is None and decode_mode() != "plain":
         engine.capture = GraphCapture(net, place)
-    text_generator = TextGenerator(engine, checkpoint.tokenizer, PromptLookup, in_float32(net))
+    forms = Forms(checkpoint.tokenizer, checkpoint.config.vocab_size)
+    text_generator = TextGenerator(engine, checkpoint.tokenizer, PromptLookup, in_float32(net), forms)
     return Dolly(checkpoint, net, place, number, text_generator)
 
 
@@ -176,7 +188,11 @@ def _load_draft(
 
 
 def load_network(
-    checkpoint: Checkpoint, dtype: torch.dtype, placement: dict[str, Any], quantize: str | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    placement: dict[str, Any],
+    quantize: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> GPTNeoX:
     """Build the network and copy each tensor from its file straight to its device, in the final number type.
 
@@ -185,6 +201,7 @@ def load_network(
         dtype: of the weights in memory.
         placement: module name -> device, as accelerate's device maps; "" is everything else.
         quantize: "int8", "int4" or None; see kernels/quantized_linear.py.
+        progress: called with the number of weights read so far and in all.
 
     Raises:
         HardwareError: it does not fit, or is to be quantised on several devices; raised before anything is read.
@@ -193,7 +210,7 @@ def load_network(
         net = GPTNeoX(checkpoint.config)
     method = _packing(checkpoint, dtype, placement, _quantization(checkpoint, quantize))
     check_memory(net, dtype, placement, method)
-    total = sum(parameter.numel() for parameter in net.parameters())
+    read, total = 0, sum(parameter.numel() for parameter in net.parameters())
     if method:
         replace_linears(net, method, device_of("embed_out.weight", placement))
         net.cache_dtype = cache_dtype(net, method)
@@ -209,6 +226,9 @@ def load_network(
                 here = tensor.to(device_of(name, placement), dtype, copy=True)
                 module.register_parameter(leaf, nn.Parameter(here, requires_grad=False))
             bar.update(tensor.numel())
+            read += tensor.numel()
+            if progress is not None:
+                progress(read, total)
     if checkpoint.config.tie_word_embeddings:
         if method:
             net.embed_out.take("weight", net.gpt_neox.embed_in.weight)

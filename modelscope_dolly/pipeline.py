@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 from modelscope.models.base import Model
 from modelscope.msdatasets import MsDataset
-from modelscope.outputs import OutputKeys
 from modelscope.pipelines.base import Pipeline
 from modelscope.pipelines.builder import PIPELINES
 from modelscope.utils.constant import Frameworks
@@ -16,18 +15,12 @@ from modelscope.utils.constant import Frameworks
 from modelscope_dolly import CHAT_TASK, PIPELINE_TYPE, TASK
 from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.errors import SettingError, is_whole, shown, unknown_name
-from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, parse_input
+from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Update, parse_input
 from modelscope_dolly.model import MODEL_OPTIONS, DollyForTextGeneration
+from modelscope_dolly.task_shapes import as_input, message, output, refuse_keywords
 
 _CONFIGURATION = Path(__file__).with_name("configuration.json")
 _GENERATION_OPTIONS = tuple(GenerationSettings.__dataclass_fields__)
-#: Keywords of ModelScope's schemas of text generation and chat that this pipeline does not have -> what to do instead.
-_REFUSED = {
-    "max_length": "it counts the prompt, too; give max_new_tokens, which counts the answer alone",
-    "eos_token_id": "an answer ends at the end tokens of the checkpoint; give stop for a text that ends it earlier",
-    "bos_token_id": "a prompt begins as dolly was trained; leave it out",
-    "pad_token_id": "prompts are not padded; leave it out",
-}
 
 
 @PIPELINES.register_module(TASK, module_name=PIPELINE_TYPE, force=True)
@@ -38,8 +31,8 @@ class DollyTextGenerationPipeline(Pipeline):
         model: a checkpoint directory, or a loaded DollyForTextGeneration.
         device: cpu, cuda:N, or gpu (first CUDA device, else CPU).
         device_map: "auto" to spread a model over several GPUs.
-        options: dtype, verify, quantize, threads, draft (see DollyForTextGeneration), and any generation keyword as
-            this pipeline's default.
+        options: dtype, verify, quantize, threads, draft, slots (see DollyForTextGeneration), and any generation keyword
+            as this pipeline's default.
         trust_remote_code: accepted because ModelScope passes it; no code of a repository is ever run.
 
     Raises:
@@ -55,7 +48,7 @@ class DollyTextGenerationPipeline(Pipeline):
         trust_remote_code: bool = False,
         **options: Any,
     ):
-        _refuse_keywords(options)
+        refuse_keywords(options)
         for name in options:
             if name not in MODEL_OPTIONS + _GENERATION_OPTIONS:
                 raise SettingError(unknown_name("pipeline option", name, MODEL_OPTIONS + _GENERATION_OPTIONS))
@@ -92,37 +85,71 @@ class DollyTextGenerationPipeline(Pipeline):
 
         Returns:
             {"text": answer}, for a conversation {"message": {"role": "assistant", "content": answer}}; a list of it for
-            num_return_sequences > 1; a list of these for a list; a generator of these for an MsDataset.
+            num_return_sequences > 1; a list of these for a list; a generator of these for an MsDataset. With logprobs=N
+            each has "logprobs", too: for each token {"id": ..., "token": its text, "logprob": ..., "top": [the same of
+            the N likeliest, likeliest first]}; with choices=[...] "choices": for each {"text": ..., "logprob": mean of
+            its tokens, "probability": ...}.
 
         Raises:
             PromptError, SettingError.
         """
-        if batch_size is not None and not is_whole(batch_size, 1, 2**31 - 1):
-            raise SettingError(f"batch_size is {shown(batch_size)}, it must be a whole number of at least 1")
+        slots = _slots(batch_size)
         settings = self._settings(keywords)
-        slots = int(batch_size or DEFAULT_SLOTS)
         if isinstance(input, MsDataset):
             return self._rows(input, context, settings, slots)
-        value = _conversation(input)
+        value = as_input(input)
         many = isinstance(value, list)
-        inputs = [_conversation(each) for each in value] if many else [value]
+        inputs = [as_input(each) for each in value] if many else [value]
         prompts = [parse_input(each, context=context) for each in inputs]
         answers = list(self._answers(inputs, prompts, settings, slots))
         return answers if many else answers[0]
 
-    def stream_generate(
-        self, input: Any, context: str | None = None, **keywords: Any
-    ) -> Iterator[dict[str, str | dict[str, str]]]:
+    def stream_generate(self, input: Any, context: str | None = None, **keywords: Any) -> Iterator[dict[str, Any]]:
         """Yield what a call returns, with the answer so far, as it grows; the last one is the whole answer."""
         settings = self._settings(keywords)
         if settings.num_return_sequences != 1:
             raise SettingError("a stream is one answer: num_return_sequences must be 1")
-        value = _conversation(input)
+        value = as_input(input)
         updates = self.model.stream(parse_input(value, context=context), settings)
-        return (self._output(value, update.text) for update in updates)
+        return (self._output(value, update) for update in updates)
+
+    # Not as a preprocessor of the base class: a score has other parameters than an answer.
+    def score(
+        self,
+        input: Any,
+        answer: str | list[str],
+        context: str | None = None,
+        top: int = 0,
+        end: bool = False,
+        batch_size: int | None = None,
+    ) -> Any:
+        """How likely a given answer is. Nothing is generated.
+
+        Args:
+            input: as of a call; a list of inputs for a list of answers.
+            answer: to be scored.
+            context: as of a call.
+            top: give so many of the likeliest tokens in each place, too.
+            end: score the end of the answer, too, as it is learned in training.
+            batch_size: answers scored at the same time (default 8).
+
+        Returns:
+            {"logprob": of the whole answer, "perplexity": exp(-mean per token), "logprobs": as of a call}; a list of it
+            for a list of answers.
+
+        Raises:
+            PromptError, SettingError.
+        """
+        slots = _slots(batch_size)
+        many = isinstance(answer, (list, tuple))
+        inputs = list(input) if many and isinstance(input, (list, tuple)) else [input]
+        prompts = [parse_input(as_input(each), context=context) for each in inputs]
+        scores = self.model.score(prompts, answer if many else [answer], top, end, slots)
+        outputs = [self.model.text_generator.score_dict(score) for score in scores]
+        return outputs if many else outputs[0]
 
     def _settings(self, keywords: dict[str, Any]) -> GenerationSettings:
-        _refuse_keywords(keywords)
+        refuse_keywords(keywords)
         return self.settings.updated(keywords)
 
     def _rows(self, rows: MsDataset, context: str | None, settings: GenerationSettings, slots: int) -> Iterator[Any]:
@@ -140,14 +167,12 @@ class DollyTextGenerationPipeline(Pipeline):
         self, inputs: Iterable[Any], prompts: list[Prompt], settings: GenerationSettings, slots: int
     ) -> Iterator[Any]:
         for value, updates in zip(inputs, self.model.generate(prompts, settings, slots), strict=True):
-            outputs = [self._output(value, update.text) for update in updates]
+            outputs = [self._output(value, update) for update in updates]
             yield outputs[0] if len(outputs) == 1 else outputs
 
-    def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
+    def _output(self, value: Any, update: Update) -> dict[str, Any]:
         """An answer in the form that belongs to its input."""
-        if isinstance(value, Mapping) and "messages" in value:
-            return _message(text)
-        return {OutputKeys.TEXT: text}
+        return {**output(value, update.text), **self.model.text_generator.details(update)}
 
     def _get_framework(self) -> str:
         """For the base class, which would read it from a configuration.json that may not be there."""
@@ -158,34 +183,24 @@ class DollyTextGenerationPipeline(Pipeline):
         return inputs
 
 
+def _slots(batch_size: int | None) -> int:
+    """Raises SettingError."""
+    if batch_size is not None and not is_whole(batch_size, 1, 2**31 - 1):
+        raise SettingError(f"batch_size is {shown(batch_size)}, it must be a whole number of at least 1")
+    return int(batch_size or DEFAULT_SLOTS)
+
+
 def _unused(value: Any) -> Any:
     """A preprocessor, so that the base class does not look for one in the checkpoint."""
     return value
-
-
-def _message(text: str) -> dict[str, str | dict[str, str]]:
-    return {"message": {"role": "assistant", "content": text}}
-
-
-def _conversation(value: Any) -> Any:
-    """{"messages": value} for a list of messages, which is how ModelScope's server hands over a conversation."""
-    if isinstance(value, list) and value and all(isinstance(each, Mapping) and "role" in each for each in value):
-        return {"messages": value}
-    return value
-
-
-def _refuse_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raises SettingError for those that ModelScope's schemas advertise and that mean nothing here."""
-    if found := [name for name in keywords if name in _REFUSED]:
-        raise SettingError("; ".join(f"{name} is not a keyword of dolly: {_REFUSED[name]}" for name in found))
 
 
 @PIPELINES.register_module(CHAT_TASK, module_name=PIPELINE_TYPE, force=True)
 class DollyChatPipeline(DollyTextGenerationPipeline):
     """The same pipeline for Tasks.chat: each answer is {"message": {"role": "assistant", "content": answer}}."""
 
-    def _output(self, value: Any, text: str) -> dict[str, str | dict[str, str]]:
-        return _message(text)
+    def _output(self, value: Any, update: Update) -> dict[str, Any]:
+        return {**message(update.text), **self.model.text_generator.details(update)}
 
 
 def dolly_pipeline(

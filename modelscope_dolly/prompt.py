@@ -199,6 +199,12 @@ class DollyTokenizer:
             self._bytes[token_id] = self._bytes_of(token_id)
         return self._bytes[token_id]
 
+    def token_text(self, token_id: int) -> str:
+        """A token as people read it: the key of a special token; otherwise its bytes, half a character as U+FFFD."""
+        if token_id in self._special:
+            return self._text.id_to_token(token_id)
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
     def _bytes_of(self, token_id: int) -> bytes:
         token = self._text.id_to_token(token_id)
         if token is None or token_id in self._special:

@@ -20,14 +20,15 @@ class TextStream:
     Args:
         tokenizer: whose tokens are bytes.
         stop: strings that end the answer; the text before the first one is the answer.
+        strip: leave out white space around the text, as the reference does; a raw prompt is continued without that.
 
     Attributes:
         text: so far.
         texts: `text` after each push, for a reader in another thread, who takes them from the left.
     """
 
-    def __init__(self, tokenizer: DollyTokenizer, stop: tuple[str, ...] = ()):
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(self, tokenizer: DollyTokenizer, stop: tuple[str, ...] = (), strip: bool = True):
+        self._tokenizer, self._stop, self._strip = tokenizer, stop, strip
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # decoded, and not shown yet; a stop string that is still to come begins in here or later
         self.text = ""
@@ -50,6 +51,10 @@ class TextStream:
 
     def _show(self, settled: str) -> None:
         """Add the beginning of what is held, but for white space around the text."""
+        if not self._strip:
+            self.text += settled
+            self._held = self._held[len(settled) :]
+            return
         shown = settled.rstrip()
         kept = self._held[len(shown) :] if self.text or shown else self._held[len(settled) :]
         self.text += shown if self.text else shown.lstrip()

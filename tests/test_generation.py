@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelscope_dolly.engine.engine import Engine
-from modelscope_dolly.engine.sampling import penalize
+from modelscope_dolly.engine.logits_processors import penalize
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
 from modelscope_dolly.errors import PromptError, SettingError, shown
 from modelscope_dolly.generation import GenerationSettings, Prompt, TextGenerator, parse_input
@@ -65,6 +65,16 @@ BAD_VALUES = [
     ("return_full_text", [0, "no", None], "True or False"),
     ("on_overflow", ["truncate", None, []], "one of error, truncate_context"),
     ("prompt_lookup", ["on", 1, None, 0.5], "True, False or 'auto'"),
+    ("logprobs", [-1, 21, 1.0, True, "3"], "None or a whole number, 0 to 20"),
+    ("min_p", [-0.1, 1.1, float("nan"), "0.1", True, None], "a number in [0, 1]"),
+    ("presence_penalty", [-2.1, 2.1, float("nan"), "1", None], "a number, -2 to 2"),
+    ("frequency_penalty", [-2.1, 2.1, float("inf"), False, None], "a number, -2 to 2"),
+    ("logit_bias", [5, [1], {"a": 1}, {-1: 1}, {1: 101}, {1: "x"}, {True: 1}], "a dict of token ids and numbers, -100"),
+    ("bad_words", ["", ["a", ""], [1], 5, ["\ud83d"]], "a text or a list of texts, none empty"),
+    ("min_new_tokens", [-1, 1.5, "8", True, None], "a whole number of at least 0"),
+    ("choices", ["", ["a", ""], ["a", "a"], 5, ["\ud83d"], {"a": 1}], "a list of texts, none empty and none twice"),
+    ("regex", ["", 5, ["a"], "\ud83d"], "None or a regular expression that is not empty"),
+    ("json_schema", [5, "{}", [], True], "None or a JSON schema as a dict"),
 ]
 
 

@@ -17,18 +17,19 @@ PACKAGE, RECIPE = ROOT / "modelscope_dolly", ROOT / "train"
 
 #: Files and folders of the package, lowest first. Each imports only what stands before it.
 ORDER = (
-    "errors", "files", "hardware", "prompt", "text_stream", "kernels", "engine", "generation", "checkpoint",
-    "placement", "legacy_uploads", "load", "model", "pipeline", "evaluation", "benchmark", "compare",
-    "cli",
+    "errors", "files", "hardware", "prompt", "text_stream", "kernels", "engine", "generation_settings",
+    "answer_requests", "generation", "structured", "checkpoint", "placement", "legacy_uploads", "load", "model",
+    "pipeline", "evaluation", "benchmark", "compare", "cli",
 )  # fmt: skip
 #: The way from a prompt to its text.
 CORE = (
-    "pipeline", "generation", "prompt", "text_stream", "engine.engine", "engine.scheduler", "engine.runner",
-    "engine.sequence", "engine.step_input", "engine.gpt_neox", "engine.attention", "engine.rotary", "engine.kv_cache",
-    "engine.sampling",
+    "pipeline", "generation", "generation_settings", "answer_requests", "prompt", "text_stream", "engine.engine",
+    "engine.scheduler", "engine.runner", "engine.sequence", "engine.step_input", "engine.gpt_neox",
+    "engine.attention", "engine.rotary", "engine.kv_cache", "engine.sampling", "engine.logits_processors",
+    "engine.logprobs", "engine.constraints",
 )  # fmt: skip
 #: What hangs on the core through protocols, put together in load.py.
-EXTRAS = ("engine.speculative", "engine.cuda_graphs", "engine.gpt_neox_fused", "kernels.quantized_linear",
+EXTRAS = ("structured", "engine.speculative", "engine.cuda_graphs", "engine.gpt_neox_fused", "kernels.quantized_linear",
           "kernels.triton_decode", "checkpoint.quantize")  # fmt: skip
 REGISTRIES = {"modelscope_dolly", "modelscope_dolly.model", "modelscope_dolly.pipeline"}
 HUB_CLIENT = {"modelscope_dolly.checkpoint.download"}

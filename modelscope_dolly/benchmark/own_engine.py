@@ -79,7 +79,8 @@ def answer(
 ) -> TimedAnswers:
     """Answer (ids of the prompt, number of new tokens) pairs greedily, at most `slots` at once."""
     proposer = PromptLookup if prompt_lookup else None
-    requests = [Request(ids, new, Sampling(do_sample=False), proposer=proposer) for ids, new in prompts]
+    # A list of its own for each: the very same list would be read once.
+    requests = [Request(list(ids), new, Sampling(do_sample=False), proposer=proposer) for ids, new in prompts]
     answers: list[list[int]] = [[] for _ in requests]
     moments: list[list[float]] = [[] for _ in requests]
     stats, start = RunStats(), time.perf_counter()

@@ -60,5 +60,6 @@ def print_answer(dolly: Dolly, record: dict | str, settings: GenerationSettings,
         "model": str(dolly.checkpoint.path),
         "device": str(dolly.device),
         "dtype": dtype_name(dolly.dtype),
+        **dolly.text_generator.details(update),
     }
     print(json.dumps(facts, ensure_ascii=False) if as_json else "", flush=True)

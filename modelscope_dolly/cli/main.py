@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from modelscope_dolly import __version__
-from modelscope_dolly.cli import ask, bench, chat, check, compare, eval, export, plan, quantize, streams
+from modelscope_dolly.cli import ask, bench, chat, check, compare, eval, export, plan, quantize, score, serve, streams
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import DollyError, SettingError
 
 COMMANDS = {
-    "ask": ask, "chat": chat, "plan": plan, "check": check, "quantize": quantize, "export": export,
-    "bench": bench, "eval": eval, "compare": compare,
+    "ask": ask, "chat": chat, "serve": serve, "plan": plan, "check": check, "quantize": quantize, "export": export,
+    "bench": bench, "eval": eval, "score": score, "compare": compare,
 }  # fmt: skip
 
 

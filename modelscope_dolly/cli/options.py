@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
 from modelscope_dolly.errors import SettingError
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from modelscope_dolly.load import Dolly
 
 MODEL_VARIABLE = "DOLLY_MODEL"
+#: Options that are keywords of GenerationSettings.
+_SETTINGS = (
+    "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "min_p", "presence_penalty",
+    "frequency_penalty", "bad_words", "min_new_tokens", "logprobs", "regex", "stop", "seed", "on_overflow",
+)  # fmt: skip
 
 
 def add_revision(parser: argparse._ActionsContainer) -> None:
@@ -35,6 +41,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draft", metavar="MODEL", help="a smaller model with the same vocabulary, for draft tokens")
 
 
+def add_slots(parser: argparse._ActionsContainer, default: str) -> None:
+    parser.add_argument(
+        "--slots", type=int, metavar="N", help=f"answers worked on at the same time (default: {default})"
+    )
+
+
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
     add = group.add_argument
@@ -44,7 +56,16 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, help=f"sample from the likeliest tokens of this total (default: {Sampling.top_p})")
     add("--top-k", type=int, help=f"sample from the k likeliest tokens (default: {Sampling.top_k}, all)")
     add("--repetition-penalty", type=float, help=f"above 1: repeat less (default: {Sampling.repetition_penalty:g})")
+    add("--min-p", type=float, help="drop tokens less likely than this share of the likeliest one (default: 0)")
+    add("--presence-penalty", type=float, help="above 0: fewer tokens that the answer has already (-2 to 2)")
+    add("--frequency-penalty", type=float, help="the same, for each time that it has them (-2 to 2)")
+    add("--bad-word", action="append", dest="bad_words", metavar="TEXT", help="never write this; repeatable")
+    add("--min-new-tokens", type=int, help="shortest answer in tokens (default: 0)")
+    add("--logprobs", type=int, metavar="N", help="with --json: how likely each token was, and the N likeliest")
     add("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
+    add("--choices", action="append", metavar="A,B,...", help="answer one of these, the likelier; repeatable: one each")
+    add("--regex", metavar="PATTERN", help="the answer matches this regular expression")
+    add("--json-schema", metavar="FILE", help="the answer is JSON that this schema allows")
     add("--seed", type=int, help="makes sampling repeatable (default: a new one each time)")
     add("--on-overflow", help="error or truncate_context, for a context that is too long")
     add("--prompt-lookup", choices=("on", "off", "auto"), help="draft tokens from the prompt, where answers copy it")
@@ -56,19 +77,36 @@ def model_name(options: argparse.Namespace) -> str | None:
     return options.model or os.environ.get(MODEL_VARIABLE)
 
 
+def required_model_name(options: argparse.Namespace) -> str:
+    """As model_name. Raises SettingError where none is named."""
+    if not (model := model_name(options)):
+        raise SettingError(f"no model named: pass --model DIRECTORY_OR_HUB_ID, or set {MODEL_VARIABLE}")
+    return model
+
+
+def load_keywords(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options of a command say to load.load."""
+    names = ("device", "dtype", "quantize", "threads", "draft", "slots")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
 def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
     """The model and the settings of its answers. Raises DollyError."""
-    model = model_name(options)
-    if not model:
-        raise SettingError(f"no model named: pass --model DIRECTORY_OR_HUB_ID, or set {MODEL_VARIABLE}")
+    model = required_model_name(options)
     from modelscope_dolly.checkpoint.download import locate
+    from modelscope_dolly.files import read_json
     from modelscope_dolly.generation import GenerationSettings
     from modelscope_dolly.load import load
 
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "on_overflow")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.logprobs is not None and not options.json:
+        raise SettingError("--logprobs are part of the JSON output; give --json, too")
+    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
     if options.prompt_lookup is not None:
         given["prompt_lookup"] = {"on": True, "off": False}.get(options.prompt_lookup, options.prompt_lookup)
+    if options.choices is not None:
+        several = len(options.choices) > 1  # one each, so that a choice may hold a comma
+        given["choices"] = options.choices if several else options.choices[0].split(",")
+    if options.json_schema is not None:
+        given["json_schema"] = read_json(Path(options.json_schema))
     settings = GenerationSettings().updated({**given, "do_sample": not options.greedy})
-    keywords = {name: getattr(options, name) for name in ("device", "dtype", "quantize", "threads", "draft")}
-    return load(locate(model, options.revision), **keywords), settings
+    return load(locate(model, options.revision), **load_keywords(options)), settings

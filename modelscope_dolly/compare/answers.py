@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 
-from modelscope_dolly.benchmark.own_engine import log_probabilities
 from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.compare.held_out import HeldOutRecord
 from modelscope_dolly.errors import HardwareError, PromptError
@@ -112,8 +112,7 @@ def _answer(dolly: Dolly, records: Sequence[HeldOutRecord], max_new_tokens: int)
     fitting = [number for number in range(len(prompts)) if number not in problems]
     made = generator.generate([prompts[number] for number in fitting], settings, TOGETHER)
     answers = dict(zip(fitting, (update for [update] in made), strict=True))
-    for number, record in enumerate(records):
-        loss, ids = _loss(dolly, record)
+    for number, (loss, ids) in enumerate(_losses(dolly, records)):
         if number in problems:
             yield ModelAnswer("", None, 0, loss, ids, problems[number])
         else:
@@ -121,12 +120,14 @@ def _answer(dolly: Dolly, records: Sequence[HeldOutRecord], max_new_tokens: int)
             yield ModelAnswer(update.text, update.finish_reason, update.new_tokens, loss, ids)
 
 
-def _loss(dolly: Dolly, record: HeldOutRecord) -> tuple[float | None, tuple[int, ...]]:
-    """Of the person's answer: as the training counts it, its end included."""
-    if not record.response:
-        return None, ()
-    ids, prompt = dolly.checkpoint.tokenizer.encode_example(record.instruction, record.context, record.response)
-    if len(ids) > dolly.text_generator.engine.window:
-        return None, tuple(ids[prompt:])
-    logs = log_probabilities(dolly.net, dolly.device, ids, prompt)  # [tokens, V]
-    return -float(logs.gather(1, torch.tensor(ids[prompt:])[:, None]).double().sum()), tuple(ids[prompt:])
+def _losses(dolly: Dolly, records: Sequence[HeldOutRecord]) -> list[tuple[float | None, tuple[int, ...]]]:
+    """Of the people's answers, as the training counts them, their ends included; with the ids of these tokens."""
+    generator, tokenizer = dolly.text_generator, dolly.checkpoint.tokenizer
+    texts = [tokenizer.encode_example(record.instruction, record.context, record.response) for record in records]
+    fitting = [number for number, (record, (ids, _)) in enumerate(zip(records, texts, strict=True))
+               if record.response and len(ids) <= generator.engine.window]  # fmt: skip
+    scores = dict(zip(fitting, generator.scores([texts[number] for number in fitting], slots=TOGETHER), strict=True))
+    return [
+        (-math.fsum(token.logprob for token in scores[number]) if number in scores else None, tuple(ids[begin:]))
+        for number, (ids, begin) in enumerate(texts)
+    ]

@@ -61,7 +61,7 @@ def _each_prompt(
 ) -> torch.Tensor:  # fmt: skip
     """One call of torch's attention per prompt, without padding; what is before a chunk comes from the cache."""
     out = query.new_empty(len(query), query[0].numel())
-    for slot, begin, end, start in inputs.step.spans or ():
+    for slot, begin, end, start, _ in inputs.step.spans or ():
         q, k, v = (tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value))
         stop = start + end - begin
         keys[slot, :, start:stop], values[slot, :, start:stop] = k[0], v[0]

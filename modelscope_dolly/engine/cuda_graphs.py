@@ -86,6 +86,8 @@ class GraphCapture:
         self, sequences: list[Sequence], cache: KVCache, timer: StepTimer, one_step: bool
     ) -> list[list[int]] | None:
         """See runner.StepCapture. Call it with gradients off and the device to itself."""
+        if not all(sequence.sampler.capturable for sequence in sequences):
+            return None
         if self._graphs is None or self._graphs.cache is not cache or self._graphs.version != cache.version:
             self._graphs = None  # its memory may be what the new ones need
             self._graphs = CapturedGraphs(self, cache)

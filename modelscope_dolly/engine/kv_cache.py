@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+#: Keys and values [H, places, D] of a slot, by layer.
+SavedSlot = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
 
 class KVCache:
     """Keys and values of all layers: per layer two tensors [B, H, length, D], made where and when a layer first writes.
@@ -33,11 +36,24 @@ class KVCache:
         return self._layers[index]
 
     @torch.inference_mode()  # the tensors were made inside a step
-    def move(self, source: int, target: int) -> None:
-        """Copy one slot over another."""
+    def move(self, source: int, target: int, places: int | None = None) -> None:
+        """Copy one slot over another, or its first `places`."""
         for keys, values in self._layers.values():
-            keys[target].copy_(keys[source])
-            values[target].copy_(values[source])
+            keys[target, :, :places].copy_(keys[source, :, :places])
+            values[target, :, :places].copy_(values[source, :, :places])
+
+    @torch.inference_mode()
+    def save(self, slot: int, places: int) -> SavedSlot:
+        """A copy of the first `places` of a slot."""
+        layers = self._layers.items()
+        return {i: (keys[slot, :, :places].clone(), values[slot, :, :places].clone()) for i, (keys, values) in layers}
+
+    @torch.inference_mode()
+    def restore(self, saved: SavedSlot, slot: int) -> None:
+        """Write what `save` has copied into a slot."""
+        for index, pair in saved.items():
+            for layer, copy in zip(self.layer_cache(index, pair[0].transpose(0, 1)), pair, strict=True):
+                layer[slot, :, : copy.shape[1]].copy_(copy)
 
     @torch.inference_mode()
     def resize(self, slots: int, length: int, used: int = 0) -> None:

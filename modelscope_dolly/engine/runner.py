@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from modelscope_dolly.engine.gpt_neox import GPTNeoX
-from modelscope_dolly.engine.kv_cache import KVCache
-from modelscope_dolly.engine.scheduler import Batch
+from modelscope_dolly.engine.kv_cache import KVCache, SavedSlot
+from modelscope_dolly.engine.scheduler import KEPT, Batch, Part
 from modelscope_dolly.engine.sequence import Sequence
 from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.engine.step_timer import StepTimer
@@ -47,6 +47,13 @@ class StepCapture(Protocol):
         """The next ids of each sequence, sequence i in slot i; None where nothing can be captured."""
 
 
+class KeptPrompt(NamedTuple):
+    """What is kept of a shared prompt: its keys and values, and the logits [1, V] of its last token."""
+
+    cache: SavedSlot
+    logits: torch.Tensor
+
+
 class Runner:
     """Steps of a network over one key/value cache. Not for several threads.
 
@@ -64,6 +71,12 @@ class Runner:
     def fits(self, slots: int, length: int) -> bool:
         """Whether there is memory for a cache of that size."""
         return self._has_memory(*self._size(slots, length))
+
+    def capacity(self, length: int) -> int:
+        """How many slots of such a length there is memory for, the present cache given back."""
+        held = self.cache.slots * self.cache.length * self.net.cache_bytes
+        each = self._size(1, length)[1] * self.net.cache_bytes
+        return int(CACHE_SHARE * (free_memory(self.device) + held) / max(1, each))
 
     def _has_memory(self, slots: int, length: int) -> bool:
         places = slots * length - self.cache.slots * self.cache.length
@@ -97,10 +110,34 @@ class Runner:
                 ids = self.capture.replay(batch.sequences, self.cache, self.timer, batch.one_step)
             if ids is not None:
                 return [_drawn(*pair) for pair in zip(batch.sequences, ids, strict=True)], len(ids[0])
-        tokens = [id for part in batch.parts for id in (*part.sequence.ids[part.begin : part.end], *part.draft)]
-        logits = self.forward(self.net, tokens, _step_input(batch), self.cache, self.timer)
-        rows = logits.split([1 + len(part.draft) for part in batch.parts])
-        return [_draw(part.sequence, row, part.draft) for part, row in zip(batch.parts, rows, strict=True)], 1
+        rows = self._rows(batch)
+        return [_next_ids(part, row) for part, row in zip(batch.parts, rows, strict=True)], 1
+
+    def _rows(self, batch: Batch) -> list[torch.Tensor]:
+        """The logits [rows, V] of each part. Shared prompts are copied, and kept for sequences that start later."""
+        computed = [part for part in batch.parts if part.source is None]
+        logits: Iterator[torch.Tensor] = iter(())
+        for part in batch.parts:
+            if part.source == KEPT:
+                self.cache.restore(part.shared.kept.cache, part.slot)
+        if computed:
+            tokens = [id for part in computed for id in _tokens(batch, part)]
+            rows = self.forward(self.net, tokens, _step_input(batch, computed), self.cache, self.timer)
+            logits = iter(rows.split([part.rows for part in computed]))
+        found, last = [], {}
+        for part in batch.parts:
+            if part.source is None:
+                found.append(next(logits))
+                last[part.shared] = found[-1]
+            elif part.source == KEPT:
+                found.append(part.shared.kept.logits)
+            else:
+                self.cache.move(part.source, part.slot, part.end)
+                found.append(last[part.shared])
+        for shared, part in batch.to_keep().items():
+            if part.end * self.net.cache_bytes <= CACHE_SHARE * free_memory(self.device):  # else it is read again
+                shared.kept = KeptPrompt(self.cache.save(part.slot, part.end), last[shared].clone())
+        return found
 
     def forward(
         self, net: GPTNeoX, tokens: list[int], step: StepInput, cache: KVCache, timer: StepTimer
@@ -133,13 +170,28 @@ class Runner:
             ) from error
 
 
-def _step_input(batch: Batch) -> StepInput:
-    """Where the tokens of the step belong."""
+def _tokens(batch: Batch, part: Part) -> list[int]:
+    """What goes through the network for a part."""
+    ids = part.sequence.known if batch.prefill else part.sequence.ids
+    return [*ids[part.begin : part.end], *part.draft]
+
+
+def _step_input(batch: Batch, parts: list[Part]) -> StepInput:
+    """Where the tokens of these parts belong."""
     if batch.prefill:
-        return StepInput.chunks([(part.slot, part.begin, part.end) for part in batch.parts])
-    if not any(part.draft for part in batch.parts):
-        return StepInput.decode([part.begin for part in batch.parts])
-    return StepInput.verify([(part.slot, part.begin, 1 + len(part.draft)) for part in batch.parts])
+        return StepInput.chunks([(part.slot, part.begin, part.end, part.rows) for part in parts])
+    if not any(part.draft for part in parts):
+        return StepInput.decode([part.begin for part in parts])
+    return StepInput.verify([(part.slot, part.begin, part.rows) for part in parts])
+
+
+def _next_ids(part: Part, logits: torch.Tensor) -> Iterator[int]:
+    """The next ids of a sequence, from the logits [rows, V] of its part. Not for one that ends before the prompt."""
+    sequence = part.sequence
+    if given := sequence.request.given:
+        behind = part.end - len(sequence.request.ids)  # tokens after the prompt
+        return _score(sequence, logits, given[behind + 1 - part.rows : behind + 1])
+    return _draw(sequence, logits, part.draft)
 
 
 def _draw(sequence: Sequence, logits: torch.Tensor, draft: list[int]) -> Iterator[int]:
@@ -149,6 +201,13 @@ def _draw(sequence: Sequence, logits: torch.Tensor, draft: list[int]) -> Iterato
         yield id
         if id != proposed:
             return
+
+
+def _score(sequence: Sequence, logits: torch.Tensor, given: tuple[int, ...]) -> Iterator[int]:
+    """The ids that were given, of which logits [ids, V] say how likely they were."""
+    for row, id in zip(logits, given, strict=True):
+        sequence.sampler.take(row, id)
+        yield id
 
 
 def _drawn(sequence: Sequence, ids: list[int]) -> Iterator[int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
+from modelscope_dolly.engine.constraints import Constraint
+from modelscope_dolly.engine.logits_processors import LogitsProcessors
+from modelscope_dolly.engine.logprobs import TokenLogprob, likeliest, token_logprob
 from modelscope_dolly.engine.settings import Sampling
 
 
@@ -17,28 +21,60 @@ class Sampler:
     hash of (seed, number of the draw, token id), and the token with the largest probability / noise is drawn. Noise
     that belongs to the token id makes the draw robust: logits that differ by rounding (another batch size, device or
     number type), or by being a smaller network's, mostly give the same token.
+
+    Args:
+        sampling: the settings.
+        prompt: ids of the prompt.
+        stop_ids: ids that end the answer.
+        constraint: the form of the answer, or None.
+
+    Attributes:
+        logprob: of the token drawn last, by the logits as they were given; None where the settings do not ask for it.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]):
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        stop_ids: frozenset[int] = frozenset(),
+        constraint: Constraint | None = None,
+    ):
         self.sampling = sampling
         self.draws = 0  # draws made so far
-        self._seen = set(prompt) if sampling.repetition_penalty != 1.0 else None
+        self.logprob: TokenLogprob | None = None
+        self._constrained = constraint is not None
+        needed = self._constrained or LogitsProcessors.needed(sampling)
+        self._processors = LogitsProcessors(sampling, prompt, stop_ids, constraint) if needed else None
         self._seed = _mix(sampling.seed)
 
     def sample(self, logits: torch.Tensor) -> int:
-        """Logits [V] of any number type -> the next token id."""
-        logits = logits.float()
-        if self._seen is not None:
-            logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
-        token = self._draw(logits) if self.sampling.do_sample else int(logits.argmax())
+        """Logits [V] of any number type -> the next token id. Raises SettingError: see Constraint."""
+        values = logits.float()
+        if self._processors is not None:
+            values = self._processors.apply(values)
+        token = self._draw(values) if self.sampling.do_sample else int(values.argmax())
+        if self.sampling.logprobs is not None:
+            self.logprob = token_logprob(logits, token, self.sampling.logprobs)
         self.advance(token)
         return token
+
+    def take(self, logits: torch.Tensor, token: int) -> None:
+        """`token` is the next one, whatever would have been drawn from logits [V]."""
+        self.logprob = token_logprob(logits, token, self.sampling.logprobs or 0)
+        self.advance(token)
 
     def advance(self, token: int) -> None:
         """`token` is the next one; `draw` has drawn it with this sampler's settings."""
         self.draws += 1
-        if self._seen is not None:
-            self._seen.add(token)
+        if self._processors is not None:
+            self._processors.advance(token)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `draw` draws as this sampler does."""
+        sampling = self.sampling
+        beyond = self._constrained or sampling.min_p or LogitsProcessors.beyond_repetition(sampling)
+        return sampling.logprobs is None and not beyond
 
     def settings(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Whole numbers (key, draws, top_k, do_sample) and others (temperature, top_p, penalty) for `draw`."""
@@ -51,12 +87,17 @@ class Sampler:
     @property
     def seen(self) -> set[int] | None:
         """Ids whose logits the repetition penalty changes; None without a penalty."""
-        return self._seen
+        return self._processors.seen if self._processors is not None else None
 
     def copy(self) -> Sampler:
-        """A sampler with the same random numbers: from equal logits it draws what this one will draw."""
+        """A sampler with the same random numbers: from equal logits it draws what this one will draw.
+
+        It gives no log-probabilities.
+        """
         twin = copy.copy(self)
-        twin._seen = set(self._seen) if self._seen is not None else None
+        if self.sampling.logprobs is not None:
+            twin.sampling, twin.logprob = dataclasses.replace(self.sampling, logprobs=None), None
+        twin._processors = self._processors.copy() if self._processors is not None else None
         return twin
 
     def _draw(self, logits: torch.Tensor) -> int:
@@ -156,13 +197,6 @@ def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
     return bits >> by & (1 << 64 - by) - 1
 
 
-def penalize(logits: torch.Tensor, seen: set[int], penalty: float) -> torch.Tensor:
-    """Push down the tokens in `seen`; returns a new tensor [V]."""
-    ids = torch.tensor(sorted(seen), device=logits.device)
-    values = logits[ids]
-    return logits.index_copy(0, ids, torch.where(values < 0, values * penalty, values / penalty))
-
-
 #: So many of the likeliest tokens are looked at first: sorting the whole vocabulary takes longer than all of the rest.
 _FIRST = (256, 4096)
 
@@ -172,13 +206,22 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
 
     With neither top_k nor top_p all ids are kept, in their own order.
     """
+    ids, probabilities = _top(logits, sampling)
+    if not sampling.min_p:
+        return ids, probabilities
+    kept = probabilities >= sampling.min_p * probabilities.max()
+    return ids[kept], probabilities[kept]
+
+
+def _top(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """`distribution` without min_p."""
     # Distances to the likeliest token: dividing the logits themselves by a tiny temperature would overflow.
     values = (logits - logits.max()) / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     if not sampling.top_k and sampling.top_p >= 1.0:
         return torch.arange(len(values), device=values.device), values.softmax(0)
     total = values.exp().sum() if not sampling.top_k else None
     for count in (*_FIRST, len(values)):
-        ids = _likeliest(values, max(count, sampling.top_k))
+        ids = likeliest(values, max(count, sampling.top_k))
         probabilities = values[ids].exp()
         if sampling.top_k:
             ids, probabilities = ids[: sampling.top_k], probabilities[: sampling.top_k]
@@ -187,16 +230,6 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
             return ids, probabilities
         before = probabilities.cumsum(0) - probabilities  # mass of everything likelier than this token
         kept = max(1, int((before < sampling.top_p).sum()))
-        if sampling.top_k or kept < len(ids) or count >= len(values):
+        if sampling.top_k or kept < len(ids) or len(ids) < count or count >= len(values):
             return ids[:kept], probabilities[:kept]
     raise AssertionError("the last round looks at all tokens")
-
-
-def _likeliest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Ids of the `count` largest values and of those equal to the last of them, largest first, ties by smaller id."""
-    if count < len(values):
-        floor = values.topk(count).values[-1]
-        ids = (values >= floor).nonzero()[:, 0]
-    else:
-        ids = torch.arange(len(values), device=values.device)
-    return ids[values[ids].sort(descending=True, stable=True).indices]

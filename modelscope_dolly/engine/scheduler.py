@@ -4,6 +4,7 @@ Plain Python over counts and lists. Requests of all callers wait in order of arr
 256 tokens, so a slot whose sequence has ended is given the next request at once (continuous batching; Yu et al. 2022,
 "Orca"). While others decode, prompts are read in chunks between their steps (chunked prefill; Agrawal et al. 2023,
 arXiv:2308.16369). Chunks begin at multiples of a fixed length, so that a sequence is computed alike under any load.
+Sequences of one call with the same prompt read it once: its keys and values are copied to the slots of the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-from modelscope_dolly.engine.sequence import Sequence, Token
+from modelscope_dolly.engine.sequence import Sequence, SharedPrompt, Token
 
 #: Prompts prefilled together hold at most this many tokens, which bounds the memory of a step.
 PREFILL_TOKENS = 2048
@@ -34,14 +35,33 @@ class Speculation(Protocol):
         """A sequence has changed its slot."""
 
 
+#: A `Part.source` that is no slot: what the runner has kept of a shared prompt.
+KEPT = -1
+
+
 class Part(NamedTuple):
-    """What a step does for one sequence: `begin` to `end` of its prompt, or its newest token and draft tokens."""
+    """What a step does for one sequence: `begin` to `end` of what it knows, or its newest token and draft tokens.
+
+    `source` is the slot of a sequence whose prompt is read in this step, or KEPT: instead of reading the same prompt,
+    its keys and values are copied from there, and its last logits are taken. None: the part is computed.
+    """
 
     sequence: Sequence
     slot: int
     begin: int
     end: int
     draft: list[int]
+    source: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Of the last so many tokens, draft tokens included, logits are needed."""
+        return 1 if self.begin < len(self.sequence.request.ids) else self.end - self.begin + len(self.draft)
+
+    @property
+    def shared(self) -> SharedPrompt | None:
+        """The shared prompt that this part ends."""
+        return self.sequence.shared if self.end == len(self.sequence.request.ids) else None
 
 
 class Batch(NamedTuple):
@@ -60,6 +80,16 @@ class Batch(NamedTuple):
     @property
     def sequences(self) -> list[Sequence]:
         return [part.sequence for part in self.parts]
+
+    def to_keep(self) -> dict[SharedPrompt, Part]:
+        """Shared prompts whose reading ends in this step and that others want later; and by which part."""
+        ending = [part for part in self.parts if part.shared is not None]
+        first = {part.shared: part for part in reversed(ending) if part.source is None}
+        return {
+            shared: part
+            for shared, part in first.items()
+            if shared.unread > sum(other.shared is shared for other in ending)
+        }
 
 
 class Scheduler:
@@ -102,7 +132,7 @@ class Scheduler:
             return None
         parts = self._chunks()
         if parts:
-            self._read += sum(part.end - part.begin for part in parts)
+            self._read += sum(part.end - part.begin for part in parts if part.source is None)
             return Batch(True, parts)
         self._read = 0
         decoding = [sequence for sequence in self.running if sequence.decodes]
@@ -123,11 +153,13 @@ class Scheduler:
             steps: that were computed in one go.
         """
         self._count(batch, steps)
-        for (sequence, _, _, end, draft), tokens in zip(batch.parts, sampled, strict=True):
+        for part, tokens in zip(batch.parts, sampled, strict=True):
+            sequence, draft = part.sequence, part.draft
             if batch.prefill:
-                sequence.prefilled = end
-                if not sequence.decodes:
+                sequence.prefilled = part.end
+                if part.end < len(sequence.request.ids):
                     continue
+                sequence.leave_shared()
             length = len(sequence.ids)
             try:
                 for token in sequence.append(tokens):
@@ -148,6 +180,9 @@ class Scheduler:
         Yields (source, target) of each sequence that changes its slot, in an order in which they can be copied.
         """
         if any(sequence.finish_reason for sequence in self.waiting):
+            for sequence in self.waiting:
+                if sequence.finish_reason:
+                    sequence.leave_shared()
             self.waiting = deque(sequence for sequence in self.waiting if not sequence.finish_reason)
         for slot in reversed(range(len(self.running))):
             if self.running[slot].finish_reason:
@@ -158,6 +193,7 @@ class Scheduler:
 
     def _free(self, slot: int) -> Iterator[tuple[int, int]]:
         ended = self.running[slot]
+        ended.leave_shared()
         ended.group.running -= 1
         decoding = sum(sequence.decodes for sequence in self.running)
         if ended.decodes and slot < decoding - 1:
@@ -199,15 +235,25 @@ class Scheduler:
         alone = not any(sequence.decodes for sequence in self.running)
         room = PREFILL_TOKENS if alone else self.chunk - self._read
         parts: list[Part] = []
+        sources: dict[SharedPrompt, int] = {}  # slots of those whose prompts are read in this step
         for slot, sequence in enumerate(self.running):
-            begin, prompt = sequence.prefilled, len(sequence.request.ids)
-            while begin < prompt:
-                end = min(prompt, (begin // self.chunk + 1) * self.chunk)
+            shared, prompt, begin = sequence.shared, len(sequence.request.ids), sequence.prefilled
+            if shared is not None and not begin and (shared in sources or shared.kept is not None):
+                source = KEPT if shared.kept is not None else sources[shared]
+                if source != KEPT and prompt < len(sequence.known):
+                    return parts  # what stands behind the prompt is read in the next step, from a copy
+                parts.append(Part(sequence, slot, 0, prompt, [], source))
+                begin = prompt
+            while begin < len(sequence.known):
+                # What is scored is a chunk of its own, so that it is computed alike behind a copied prompt.
+                end = min(prompt if begin < prompt else len(sequence.known), (begin // self.chunk + 1) * self.chunk)
                 if end - begin > room and (parts or not alone):
                     return parts
                 parts.append(Part(sequence, slot, begin, end, []))
                 room -= end - begin
                 begin = end
+            if shared is not None:
+                sources.setdefault(shared, slot)
         return parts
 
     def _count(self, batch: Batch, steps: int) -> None:
@@ -217,7 +263,7 @@ class Scheduler:
             else:
                 group.stats.decode_steps += steps
         for part in batch.parts if batch.prefill else ():
-            part.sequence.group.stats.prefill_tokens += part.end - part.begin
+            part.sequence.group.stats.prefill_tokens += part.end - part.begin if part.source is None else 0
 
 
 def _decode(slot: int, sequence: Sequence, draft: list[int]) -> Part:

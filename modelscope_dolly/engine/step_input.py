@@ -19,12 +19,14 @@ class Span(NamedTuple):
     """A prompt, or a chunk of one, among the tokens of a prefill: tokens `begin` to `end` of the pass.
 
     `start` is the position of the first of them; the positions before it are in the cache, or come earlier in the pass.
+    Logits are asked for of the last `rows` tokens.
     """
 
     slot: int
     begin: int
     end: int
     start: int = 0
+    rows: int = 1
 
 
 class VerifySpan(NamedTuple):
@@ -59,16 +61,17 @@ class StepInput:
     @classmethod
     def prefill(cls, lengths: list[int], first_slot: int = 0) -> StepInput:
         """Whole prompts of these lengths, end to end without padding, for the slots from `first_slot` on."""
-        return cls.chunks([(slot, 0, length) for slot, length in enumerate(lengths, first_slot)])
+        return cls.chunks([(slot, 0, length, 1) for slot, length in enumerate(lengths, first_slot)])
 
     @classmethod
-    def chunks(cls, chunks: list[tuple[int, int, int]]) -> StepInput:
-        """(slot, first position, position behind the last) of parts of prompts, end to end without padding."""
-        ends = list(itertools.accumulate(end - start for _, start, end in chunks))
+    def chunks(cls, chunks: list[tuple[int, int, int, int]]) -> StepInput:
+        """(slot, first position, position behind the last, rows) of parts of prompts, end to end without padding."""
+        ends = itertools.accumulate(end - start for _, start, end, _ in chunks)
         spans = tuple(
-            Span(slot, at - (end - start), at, start) for (slot, start, end), at in zip(chunks, ends, strict=True)
+            Span(slot, at - (end - start), at, start, rows)
+            for (slot, start, end, rows), at in zip(chunks, ends, strict=True)
         )
-        return cls(torch.cat([torch.arange(start, end) for _, start, end in chunks]), spans=spans)
+        return cls(torch.cat([torch.arange(start, end) for _, start, end, _ in chunks]), spans=spans)
 
     @classmethod
     def decode(cls, positions: list[int]) -> StepInput:
@@ -91,7 +94,7 @@ class StepInput:
     def logit_rows(self) -> list[int] | None:
         """Which of the N tokens' logits are asked for; None: all."""
         if self.spans is not None:
-            return [span.end - 1 for span in self.spans]
+            return [row for span in self.spans for row in range(span.end - span.rows, span.end)]
         if self.verify_spans is None or not self.last_only:
             return None
         return [end - 1 for end in itertools.accumulate(span.count for span in self.verify_spans)]

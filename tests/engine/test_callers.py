@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import queue
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +22,7 @@ from modelscope_dolly.engine.engine import CHUNK_ON_CPU, Engine
 from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.engine.sequence import Request, RunStats
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
-from modelscope_dolly.errors import HardwareError
+from modelscope_dolly.errors import DollyError, HardwareError
 from tests.support.models import our_engine, our_network, quantised, random_model
 
 GREEDY = Sampling(do_sample=False)
@@ -291,3 +294,120 @@ print(next(stream).id)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.strip().isdigit()
+
+
+@pytest.fixture
+def worker(engine):
+    """A thread that takes all turns; yields what it delivers: sets of calls."""
+    delivered: queue.Queue[set] = queue.Queue()
+    thread = threading.Thread(target=engine.work, args=(delivered.put,))
+    thread.start()
+    yield delivered
+    engine.rest()
+    thread.join()
+
+
+def read(worker: queue.Queue, call) -> list[int]:
+    """Tokens of a call that a worker answers, read as a coroutine would: only when it is delivered."""
+    ids = []
+    while call.open:
+        if call in worker.get():
+            ids += [token.id for token in call.take()]
+    return ids
+
+
+def test_a_thread_takes_all_turns_for_callers_who_cannot_wait(engine, worker, requests, alone):
+    assert [read(worker, engine.submit([requests[i]])) for i in range(4)] == alone[:4]
+
+
+def test_callers_of_other_threads_only_wait_while_one_takes_all_turns(engine, worker, requests, alone):
+    in_step: set[int] = set()
+    hook = engine.net.register_forward_pre_hook(lambda net, inputs: in_step.add(threading.get_ident()))
+    found: dict[int, list[int]] = {}
+    in_threads(*[lambda i=i: found.update({i: engine.generate([requests[i]])[0]}) for i in range(6)])
+    hook.remove()
+    assert [found[i] for i in range(6)] == alone[:6]
+    assert len(in_step) == 1 and threading.get_ident() not in in_step
+
+
+def test_a_call_that_is_closed_leaves_its_slot_to_the_next_step_of_the_worker(engine, worker):
+    call = engine.submit([Request(random_ids(5, 1), 2000, GREEDY)])
+    worker.get()
+    call.close()
+    assert engine.generate([Request(random_ids(5, 2), 2, GREEDY)]) and engine.occupancy == (0, 0)
+    assert list(call.take()) == []
+
+
+def test_open_calls_go_on_when_the_worker_rests_and_a_second_worker_is_refused(engine, requests, alone):
+    begun = threading.Event()
+    thread = threading.Thread(target=engine.work, args=(lambda calls: begun.set(),))
+    thread.start()
+    call = engine.submit([Request(random_ids(5, 1), 200, GREEDY)])
+    begun.wait()
+    with pytest.raises(DollyError, match="another thread takes the turns"):
+        engine.work(print)
+    engine.rest()
+    thread.join()
+    assert len(list(call)) == 200
+    assert engine.generate(requests[:3], 3) == alone[:3]
+
+
+def test_a_device_error_reaches_callers_of_a_worker_and_the_next_request_works(engine, worker, requests, alone):
+    def fail(net, inputs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    hook = engine.net.register_forward_pre_hook(fail)
+    with pytest.raises(HardwareError, match="out of memory"):
+        read(worker, engine.submit([requests[0]]))
+    hook.remove()
+    assert read(worker, engine.submit([requests[0]])) == alone[0]
+
+
+def test_ctrl_c_ends_the_call_of_its_own_thread_and_the_step_is_finished_for_the_others(engine, requests, alone):
+    """The signal arrives in the middle of a step of both."""
+
+    def interrupt(net, inputs):
+        if len(engine._state.scheduler.running) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    other = engine.submit([requests[0]])
+    tokens = iter(other)
+    first = next(tokens).id
+    hook = engine.net.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([requests[1]])
+    hook.remove()
+    assert [first, *(token.id for token in tokens)] == alone[0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert engine.generate(requests[:3], 3) == alone[:3]
+
+
+def test_ctrl_c_interrupts_a_step_of_one_call_alone_at_once(engine, requests, alone):
+    layers = []
+    hooks = [layer.register_forward_hook(lambda *_: layers.append(1)) for layer in engine.net.gpt_neox.layers]
+    hooks.append(engine.net.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([requests[0]])
+    for hook in hooks:
+        hook.remove()
+    assert len(layers) < len(engine.net.gpt_neox.layers)
+    assert engine.generate(requests[:3], 3) == alone[:3]
+
+
+def test_slots_that_were_set_are_not_exceeded_by_a_call_that_asks_for_more(oracle, requests, alone):
+    engine = our_engine(oracle)
+    engine.slots = 2
+    most = []
+    engine.net.register_forward_pre_hook(lambda *_: most.append(engine.occupancy[0]))
+    assert engine.generate(requests, slots=8) == alone
+    assert max(most) == 2
+
+
+def test_a_request_that_can_never_fit_is_refused_before_others_are_done(oracle, monkeypatch):
+    engine = our_engine(oracle)
+    call = iter(engine.submit([Request(random_ids(5, 1), 50, GREEDY)]))
+    next(call)
+    monkeypatch.setattr("modelscope_dolly.engine.runner.free_memory", lambda device: 500 * engine.net.cache_bytes)
+    with pytest.raises(HardwareError, match="no memory for the keys and values of 1004 tokens"):
+        engine.submit([Request(random_ids(1000, 1), 4, GREEDY)])
+    assert len(list(call)) == 49 and engine.capacity(64) == 7

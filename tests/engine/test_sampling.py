@@ -13,7 +13,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from modelscope_dolly.engine.sampling import Sampler, Sampling, _mix, distribution, noise, penalize
+from modelscope_dolly.engine.logits_processors import penalize
+from modelscope_dolly.engine.sampling import Sampler, Sampling, _mix, distribution, noise
 from modelscope_dolly.engine.sampling import draw as draw_rows
 
 

@@ -25,7 +25,10 @@ GOOD = {
     "draft": (None,), "max_new_tokens": (1, 3), "do_sample": (True, False), "temperature": (0.5, 2), "top_k": (0, 5),
     "top_p": (0.5, 1.0), "repetition_penalty": (1.0, 1.3), "num_return_sequences": (1, 2), "seed": (None, 7),
     "stop": ((), "a", ["b"]), "return_full_text": (True, False), "on_overflow": ("error", "truncate_context"),
-    "prompt_lookup": (True, False, "auto"),
+    "prompt_lookup": (True, False, "auto"), "logprobs": (None, 0, 5), "min_p": (0.0, 0.1),
+    "presence_penalty": (0, 1.5), "frequency_penalty": (0, -0.5), "logit_bias": ({}, {5: -100, 7: 2.5}),
+    "bad_words": ((), ["red", "dark red"]), "min_new_tokens": (0, 1),
+    "choices": ((), ["yes", "no"]), "regex": (None, "[a-z]+"), "json_schema": (None, {}, {"type": "integer"}),
 }  # fmt: skip
 
 

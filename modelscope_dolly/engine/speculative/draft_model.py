@@ -17,6 +17,7 @@ from modelscope_dolly.engine.sequence import Sequence
 from modelscope_dolly.engine.speculative.policy import AcceptanceRate
 from modelscope_dolly.engine.step_input import StepInput
 from modelscope_dolly.engine.step_timer import StepTimer
+from modelscope_dolly.errors import SettingError
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
@@ -112,9 +113,15 @@ class DraftRun:
         logits = self._catch_up(jobs)
         active = list(range(len(jobs)))
         while True:
+            going_on = []
             for place, row in zip(active, logits, strict=True):
-                drafts[place].append(samplers[place].sample(row))
-            active = [place for place in active if len(drafts[place]) < jobs[place].count]
+                try:
+                    drafts[place].append(samplers[place].sample(row))
+                except SettingError:  # of a form that is too complex to follow: the sequence's own draw says so
+                    continue
+                if len(drafts[place]) < jobs[place].count:
+                    going_on.append(place)
+            active = going_on
             if not active:
                 return drafts
             spans = [(jobs[place].slot, len(jobs[place].sequence.ids) + len(drafts[place]) - 1, 1) for place in active]
