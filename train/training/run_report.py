@@ -41,7 +41,7 @@ def samples_section(path: Path) -> list[str]:
     questions = dict.fromkeys((row["instruction"], row["context"]) for row in rows)
     parts = ["## Samples", "Greedy answers with the weights after so many steps."] if rows else []
     for number, (instruction, context) in enumerate(questions, 1):
-        parts += [f"### Sample {number}", _block(f"{instruction}\n\n{context}".rstrip())]
+        parts += [f"**Sample {number}**", _block(f"{instruction}\n\n{context}".rstrip())]
         answers = [row for row in rows if (row["instruction"], row["context"]) == (instruction, context)]
         parts += _without_repetition(answers)
     return parts

@@ -57,7 +57,7 @@ def test_they_are_the_greedy_answers_of_the_base_and_of_the_result(run):
 def test_the_log_the_report_and_tensorboard_show_them(run):
     assert "step 16: samples\n  Name three colours. -> " in run.stdout()
     report = (run.folder / "run" / "report.md").read_text()
-    assert "### Sample 2\n\n```text\nWhat is it about?\n\nA note on `dew`.\n```" in report and "Step 0" in report
+    assert "**Sample 2**\n\n```text\nWhat is it about?\n\nA note on `dew`.\n```" in report and "Step 0" in report
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     [events] = (run.folder / "run" / "tensorboard").rglob("events.out.*")
