@@ -48,11 +48,11 @@ from train.training.elastic_resume import AfterConversion, StartingPoint, conver
 from train.training.lora import check_lora
 from train.training.model import export_model, load_base
 from train.training.report import METRICS, draw_loss, summary
+from train.training.report_page import write_report
 from train.training.resume_choice import ResumeChoice, choose_resume, origin_of
 from train.training.run_directory import FINAL, finish, prepare_directory
 from train.training.run_json import record_start
 from train.training.run_lock import RunLock, locked
-from train.training.run_report import write_report
 from train.training.samples import Samples
 from train.training.trainer import DollyTrainer
 
