@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from modelscope_dolly.errors import CheckpointError, HardwareError, SettingError, one_line, shown
 
@@ -89,11 +90,17 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 file that exists with all of `text` or not at all, even after a power failure."""
+def write_atomically(path: Path, text: str, private: bool = False) -> None:
+    """Write a UTF-8 file that exists with all of `text` or not at all, even after a power failure.
+
+    Args:
+        path: of the file.
+        text: its content.
+        private: only its owner may read and write it, whatever the umask.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, "w", encoding="utf-8", newline="\n", opener=_open_private if private else None) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -106,9 +113,15 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: dict) -> None:
+def _open_private(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags, 0o600)
+    os.fchmod(descriptor, 0o600)  # should it be there already
+    return descriptor
+
+
+def write_json(path: Path, value: dict, private: bool = False) -> None:
     """Write a JSON object, indented, with `write_atomically`."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", private)
 
 
 @contextmanager
@@ -188,8 +201,13 @@ def _check_absent(target: Path, replace: bool) -> None:
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises CheckpointError."""
+    return parse_json(read_file(path), path)
+
+
+def parse_json(content: bytes, path: Path) -> dict:
+    """As read_json, of bytes that were read from `path`."""
     try:
-        value = json.loads(read_file(path).decode("utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON in UTF-8 ({one_line(error)})") from None
     if not isinstance(value, dict):
@@ -221,24 +239,40 @@ def parse_json_lines(data: bytes, path: Path, check: Callable[[dict], str | None
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise SettingError(f"{path}:{number}: not JSON in UTF-8 ({one_line(error)})") from None
-        problem = check(row) if isinstance(row, dict) else f"must be a JSON object, found {type(row).__name__}"
-        if problem:
+            row = parse_json_line(line)
+        except ValueError as error:
+            raise SettingError(f"{path}:{number}: {error}") from None
+        if problem := check(row):
             raise SettingError(f"{path}:{number}: {problem}")
         rows.append(row)
     return rows
+
+
+def parse_json_line(line: bytes) -> dict:
+    """The JSON object in a line. Raises ValueError, which says what is wrong with it."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({one_line(error)})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object, found {type(row).__name__}")
+    return row
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises OSError, and CheckpointError for a device or a pipe."""
     if file_kind(path) == "other":
         raise CheckpointError(f"{path}: cannot be read: not a regular file")
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        return stream_sha256(file)
+
+
+def stream_sha256(file: BinaryIO, before_each: Callable[[], object] = lambda: None) -> str:
+    """SHA-256 of what is left of an open file, in hexadecimal; `before_each` is called before each block is hashed."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    while size := file.readinto(block):
+        before_each()
+        digest.update(block[:size])
     return digest.hexdigest()
 
 

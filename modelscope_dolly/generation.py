@@ -25,8 +25,9 @@ log = logging.getLogger("modelscope.dolly")
 #: Slots used for a list when the caller gives no batch_size.
 DEFAULT_SLOTS = 8
 _QUESTION_KEYS = ("instruction", "text", "messages")
-_INPUT_KEYS = {*_QUESTION_KEYS, "context"}
-_RECORD_KEYS = {"response", "category"}  # of databricks-dolly-15k; a record can be asked as it is
+INPUT_KEYS = {*_QUESTION_KEYS, "context"}
+#: Of databricks-dolly-15k; a record can be asked as it is.
+RECORD_KEYS = {"response", "category"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def parse_input(value: Any, ignore_unknown: bool = False, context: str | None = 
             f"an input must be a text or a dict with 'instruction' and perhaps 'context', found {type(value).__name__}"
         )
     for key in value:
-        if not ignore_unknown and not (isinstance(key, str) and key in _INPUT_KEYS | _RECORD_KEYS):
-            raise PromptError(unknown_name("input key", key, _INPUT_KEYS))
+        if not ignore_unknown and not (isinstance(key, str) and key in INPUT_KEYS | RECORD_KEYS):
+            raise PromptError(unknown_name("input key", key, INPUT_KEYS))
     given = [key for key in _QUESTION_KEYS if key in value]
     if len(given) != 1:
         found = ", ".join(key if isinstance(key, str) else shown(key) for key in value)

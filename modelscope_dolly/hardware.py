@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +171,29 @@ def _threads_that_start(count: int) -> int:
         for thread in threads:
             thread.join()
     return len(threads)
+
+
+def release_threads() -> None:
+    """End the OpenMP threads that wait for the calling thread's next loop, which starts them again in about 0.1 ms.
+
+    Each thread that computes has a team of its own. Once there are more of them than cores, GNU's runtime lets idle
+    ones sleep instead of spin, and every loop of the one that computes begins with waking them up.
+    """
+    if (pause := _omp_pause()) is not None:
+        pause(_OMP_PAUSE_SOFT)
+
+
+#: omp_pause_soft of OpenMP 5.0, section 3.2.44.
+_OMP_PAUSE_SOFT = 1
+
+
+@functools.cache
+def _omp_pause() -> Callable[[int], int] | None:
+    """omp_pause_resource_all of GNU's runtime, if that is what torch computes with."""
+    try:
+        return ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY).omp_pause_resource_all
+    except (OSError, AttributeError):  # another system, another runtime, or one before OpenMP 5.0
+        return None
 
 
 def available_cores() -> int:

@@ -16,7 +16,7 @@ from modelscope_dolly.files import path_of
 from modelscope_dolly.generation import DEFAULT_SLOTS, GenerationSettings, Prompt, Update, parse_input
 from modelscope_dolly.load import load
 
-MODEL_OPTIONS = ("dtype", "torch_dtype", "verify", "quantize", "threads", "draft", "slots")
+MODEL_OPTIONS = ("dtype", "torch_dtype", "verify", "quantize", "threads", "draft", "adapter", "slots")
 
 
 @MODELS.register_module(TASK, module_name=MODEL_TYPE, force=True)
@@ -25,7 +25,7 @@ class DollyForTextGeneration(TorchModel):
 
     Args:
         model_dir: a checkpoint directory.
-        device, dtype, device_map, verify, quantize, threads, draft, slots: see load.load.
+        device, dtype, device_map, verify, quantize, threads, draft, adapter, slots: see load.load.
         torch_dtype: another name of dtype.
         trust_remote_code: accepted because ModelScope passes it; no code of a repository is ever run.
 
@@ -40,10 +40,11 @@ class DollyForTextGeneration(TorchModel):
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device_map: str | dict | None = None,
-        verify: bool = True,
+        verify: bool | str = True,
         quantize: str | None = None,
         threads: int | None = None,
         draft: str | None = None,
+        adapter: str | None = None,
         slots: int | None = None,
         trust_remote_code: bool = False,
         **unknown: Any,
@@ -54,7 +55,9 @@ class DollyForTextGeneration(TorchModel):
             )
         super().__init__(path_of("model", model_dir))
         number = dtype if dtype is not None else torch_dtype
-        loaded = load(model_dir, device, number, device_map, verify, quantize, threads, draft, slots)
+        loaded = load(
+            model_dir, device, number, device_map, verify, quantize, threads, draft, slots=slots, adapter=adapter
+        )
         self.checkpoint, self.net, self.device = loaded.checkpoint, loaded.net, loaded.device
         self.dtype, self.text_generator = loaded.dtype, loaded.text_generator
         self.tokenizer = loaded.checkpoint.tokenizer.tokenizer

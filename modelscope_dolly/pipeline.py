@@ -31,8 +31,8 @@ class DollyTextGenerationPipeline(Pipeline):
         model: a checkpoint directory, or a loaded DollyForTextGeneration.
         device: cpu, cuda:N, or gpu (first CUDA device, else CPU).
         device_map: "auto" to spread a model over several GPUs.
-        options: dtype, verify, quantize, threads, draft, slots (see DollyForTextGeneration), and any generation keyword
-            as this pipeline's default.
+        options: dtype, verify, quantize, threads, draft, adapter, slots (see DollyForTextGeneration), and any
+            generation keyword as this pipeline's default.
         trust_remote_code: accepted because ModelScope passes it; no code of a repository is ever run.
 
     Raises:

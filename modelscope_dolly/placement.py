@@ -16,7 +16,7 @@ from modelscope_dolly.files import gigabytes
 from modelscope_dolly.hardware import choose_device, dtype_name, free_memory
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 log = logging.getLogger("modelscope.dolly")
 
@@ -59,7 +59,7 @@ def check_device_map(device_map: object) -> None:
             choose_device("none" if device is None else device)
 
 
-def plan_placement(config: GPTNeoXConfig, dtype: torch.dtype, device_map: str | dict) -> dict[str, Any]:
+def plan_placement(config: NetworkConfig, dtype: torch.dtype, device_map: str | dict) -> dict[str, Any]:
     """Module name -> device; "auto" fills the CUDA devices in order, then the host.
 
     Raises:

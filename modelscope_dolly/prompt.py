@@ -22,6 +22,7 @@ A prompt is built from token ids, never by searching a string for keys, so whate
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING
 from modelscope_dolly.errors import CheckpointError, PromptError, shown, unknown_name
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -134,23 +136,28 @@ class ControlTokens:
 class DollyTokenizer:
     """A Hugging Face tokenizer together with the prompt contract. Thread-safe.
 
-    Text is encoded by a private copy of the backend that never recognises a special token in its input. The flag for
-    that is a state of the backend which every call of the public tokenizer sets: with a shared backend, a call in
-    another thread could turn a typed key into a control token.
+    Text is encoded by a private backend that never recognises a special token in its input. The flag for that is a
+    state of the backend which every call of the public tokenizer sets: with a shared backend, a call in another thread
+    could turn a typed key into a control token.
 
     Args:
-        tokenizer: any fast tokenizer that knows the three keys; available as `.tokenizer`.
+        tokenizer: any fast tokenizer of transformers that knows the three keys, which is copied; or a backend of the
+            tokenizers library, which is then owned by this object.
 
     Raises:
         CheckpointError: a key is not a single token (as in a base model's tokenizer), or not marked as special.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer = tokenizer
-        self.control = ControlTokens(*(_single_token(tokenizer, key) for key in (*CONTROL_KEYS, END_OF_TEXT)))
-        self._text = copy.deepcopy(tokenizer.backend_tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | Tokenizer):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            self.__dict__["tokenizer"] = tokenizer  # as the cached property below
+        self._text = copy.deepcopy(backend) if backend is not None else tokenizer
+        self._limits = self._text.truncation, self._text.padding
         self._text.no_truncation()
         self._text.no_padding()
+        self._text.encode_special_tokens = False
+        self.control = ControlTokens(*(_single_token(self._text, key) for key in (*CONTROL_KEYS, END_OF_TEXT)))
         self._text.encode_special_tokens = True
         self._bytes: dict[int, bytes] = {}
         self._special = {id for id, token in self._text.get_added_tokens_decoder().items() if token.special}
@@ -166,6 +173,26 @@ class DollyTokenizer:
                 f"tokenizer.json: {leaked[0]!r} is not marked as special, so a user could type it as a control "
                 "token; add it to additional_special_tokens in special_tokens_map.json"
             )
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """transformers' tokenizer, for other libraries. Made when it is first asked for: the import takes a second."""
+        from transformers import PreTrainedTokenizerFast
+
+        backend = copy.deepcopy(self._text)
+        backend.encode_special_tokens = False
+        truncation, padding = self._limits
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        )
+
+    def vocabulary(self) -> dict[str, int]:
+        """Id of each token, added ones included."""
+        return self._text.get_vocab(with_added_tokens=True)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -216,7 +243,7 @@ class DollyTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids without special tokens, otherwise unchanged; incomplete UTF-8 becomes U+FFFD."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._text.decode(ids, skip_special_tokens=True)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -229,9 +256,9 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-def _single_token(tokenizer: PreTrainedTokenizerFast, key: str) -> int:
-    ids = tokenizer.encode(key, add_special_tokens=False, split_special_tokens=False)
-    if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != key:
+def _single_token(backend: Tokenizer, key: str) -> int:
+    ids = backend.encode(key, add_special_tokens=False).ids
+    if len(ids) != 1 or backend.id_to_token(ids[0]) != key:
         raise CheckpointError(
             f"tokenizer.json: {key!r} must be a single token, found {len(ids)} tokens {ids}. This is not the "
             "tokenizer of a dolly model; take tokenizer.json from the model's own repository"

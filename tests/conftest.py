@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # A test that wants a public hub must fail, not reach it: the discard port of this machine answers nobody.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor does one write into the cache of whoever runs it.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dolly-cache-")
 os.environ["MODELSCOPE_ENDPOINT"] = os.environ["MODELSCOPE_DOMAIN"] = "http://127.0.0.1:9"
 
 import pytest
@@ -20,6 +25,8 @@ from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.prompt import DollyTokenizer
 from tests.support.models import random_model
 from train.nano import build_tokenizer, read_records
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -246,3 +247,25 @@ def test_threads_that_cannot_be_started_are_refused_with_the_number_that_can():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "SettingError: threads is 500, but this process may start only" in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not hardware._omp_pause(), reason="torch computes with another OpenMP runtime than GNU's here")
+def test_a_thread_that_waits_has_no_openmp_threads_and_computes_again_with_new_ones():
+    counts, before = [], torch.get_num_threads()
+
+    def work() -> None:
+        torch.set_num_threads(3)
+        numbers = torch.arange(1 << 20, dtype=torch.float64)
+        for release in (False, True, False):
+            if release:
+                hardware.release_threads()
+            else:
+                assert numbers.mul(2).sum() == (1 << 20) * ((1 << 20) - 1)
+            counts.append(len(os.listdir("/proc/self/task")))
+        hardware.release_threads()
+        torch.set_num_threads(before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert counts[0] - counts[1] == 2 and counts[2] == counts[0]

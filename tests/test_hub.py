@@ -116,6 +116,41 @@ def test_modelscopes_deploy_checker_passes_a_published_repository(hub, tmp_path)
     assert list(result) == ["text"] and isinstance(result["text"], str)
 
 
+def test_modelscopes_server_loads_a_revision_and_answers_with_the_context(hub, tmp_path):
+    """The application of `modelscope server`, as its command makes it."""
+    fastapi = pytest.importorskip("fastapi", reason="fastapi is not installed; modelscope[server] brings it")
+    if not hasattr(fastapi.FastAPI, "add_event_handler"):
+        pytest.skip(
+            "starlette 1 has no add_event_handler, which the server of modelscope 1.40 calls; it needs starlette<1"
+        )
+    done = run(
+        hub,
+        tmp_path,
+        """
+        import argparse, json, modelscope_dolly
+        from fastapi.testclient import TestClient
+        from modelscope.pipelines import pipeline
+        from modelscope.server.api_server import add_server_args, get_app
+        from modelscope.utils.constant import Tasks
+
+        parser = argparse.ArgumentParser()
+        add_server_args(parser)
+        app = get_app(parser.parse_args(["--model_id", "someone/dolly-v2-12b", "--revision", "v1.0.2"]))
+        context, greedy = "The diary was written by Samuel Pepys.", {"do_sample": False, "max_new_tokens": 12}
+        with TestClient(app) as client:
+            body = {"input": "Who wrote it?", "parameters": {"context": context, **greedy}}
+            answer = client.post("/call", json=body)
+            task = client.get("/describe").json()["schema"]["task_name"]
+        pipe = pipeline(Tasks.text_generation, "someone/dolly-v2-12b", model_revision="v1.0.2", device="cpu")
+        own = [pipe("Who wrote it?", context=given, **greedy) for given in (context, None)]
+        print(json.dumps([answer.status_code, answer.json(), *own, task]))
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    status, answer, expected, without, task = json.loads(done.stdout.splitlines()[-1])
+    assert (status, answer) == (200, expected) and answer != without and task == "text-generation"
+
+
 def test_plain_repository_loads_online_and_later_without_the_hub(hub, tmp_path):
     code = """
     from modelscope_dolly import dolly_pipeline

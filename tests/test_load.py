@@ -12,7 +12,7 @@ import torch
 from modelscope_dolly import hardware
 from modelscope_dolly import load as loading
 from modelscope_dolly.checkpoint.download import locate
-from modelscope_dolly.checkpoint.reader import open_checkpoint
+from modelscope_dolly.checkpoint.reader import Checkpoint, open_checkpoint
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.errors import HardwareError, SettingError
@@ -83,7 +83,7 @@ def test_bad_device_map_is_refused(checkpoint_dir, placement, error, says):
 
 def test_too_little_memory_is_said_before_anything_is_read(checkpoint_dir, monkeypatch):
     monkeypatch.setattr("modelscope_dolly.placement.free_memory", lambda device=None: 1000)
-    monkeypatch.setattr(loading, "read_tensors", lambda places: pytest.fail("weights were read"))
+    monkeypatch.setattr(Checkpoint, "read_tensors", lambda self: pytest.fail("weights were read"))
     checkpoint = open_checkpoint(checkpoint_dir)
     with pytest.raises(HardwareError, match=r"the weights need .* on cpu in float32, 0\.00 GB are free"):
         loading.load_network(checkpoint, torch.float32, {"": torch.device("cpu")})
@@ -122,6 +122,15 @@ def test_memory_for_draft_and_network_must_be_there_together(checkpoint_dir, mon
     with pytest.raises(HardwareError, match="the weights need"):
         load(checkpoint_dir, device="cpu", dtype="fp32", draft=checkpoint_dir)
     assert len(asked) == 2
+
+
+def test_float32_is_chosen_where_network_and_draft_fit_together(checkpoint_dir, monkeypatch):
+    checkpoint, cpu = open_checkpoint(checkpoint_dir), torch.device("cpu")
+    need = loading.held_bytes(checkpoint, torch.float32, cpu)[0]
+    for free, alone, together in ((2.1 * need, "float32", "bfloat16"), (2.6 * need, "float32", "float32")):
+        monkeypatch.setattr(hardware, "free_memory", lambda device=None, free=free: int(free))
+        assert str(loading.choose_number_type(checkpoint, cpu).value) == f"torch.{alone}"
+        assert str(loading.choose_number_type(checkpoint, cpu, draft=checkpoint).value) == f"torch.{together}"
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import DollyError
 from modelscope_dolly.files import read_json, write_atomically
 from train.config import Resolved, TrainConfig, add_flags, flag, resolve
 from train.data.padded import padded_batch, padded_batch_size, padded_plan
 from train.distributed import world_size
-from train.finetune import exit_code, set_up, train
+from train.finetune import set_up, told_by_first, train
 from train.planning.hardware import gib
 from train.prepare import Batching
 from train.recipe_file import shown
@@ -50,10 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="processes of each run, by torchrun (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--measure", choices=MODES, help=argparse.SUPPRESS)  # in the processes that this one starts
-    try:
+
+    def command() -> int:
         options = parser.parse_args(arguments)
         if options.measure:
-            return exit_code("train.bench", lambda: measure(resolve(options), options.measure))
+            return told_by_first("train.bench", lambda: measure(resolve(options), options.measure))
         config = resolve(options).config
         if not 2 <= options.steps <= MOST_STEPS:
             allowed = f"at least 2, of which the first is not counted, and at most {MOST_STEPS:,}"
@@ -62,16 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
             found = shown(options.processes)
             raise DollyError(f"--processes is {found}, it must be at least 1 and at most {MOST_PROCESSES}")
         results = {mode: run_mode(config, options, mode) for mode in MODES}
-    except DollyError as error:
-        print(f"train.bench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    if options.json:
-        print(json.dumps({"machine": machine(), **results}, indent=2))
-    else:
-        print(comparison(results, options.steps))
-    return 0
+        if options.json:
+            print(json.dumps({"machine": machine(), **results}, indent=2))
+        else:
+            print(comparison(results, options.steps))
+        return 0
+
+    return exit_code(command, "train.bench")
 
 
 def padded(records_per_batch: int) -> Batching:
@@ -88,7 +87,7 @@ def all_logits_loss(network: Any, inputs: dict[str, Any], labels: torch.Tensor, 
 def measure(resolved: Resolved, mode: str) -> None:
     """Train in this process as far as the metrics: nothing is exported or published."""
     size = padded_batch_size(resolved.config.global_batch_size, world_size())
-    trainer = train(set_up(resolved, padded(size) if mode == "padded" else None))
+    trainer = train(set_up(resolved, padded(size) if mode == "padded" else None)).trainer
     if trainer.args.process_index == 0:
         write_atomically(Path(resolved.config.output_dir) / PEAK, json.dumps({"bytes": peak_memory()}) + "\n")
     trainer.accelerator.end_training()

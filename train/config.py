@@ -26,6 +26,9 @@ DTYPES = ("auto", "bf16", "fp16", "fp32")
 ZERO_STAGES = ("auto", "0", "1", "2", "3")
 OFFLOADS = ("auto", "none", "optimizer", "all")
 SWITCH = ("auto", "true", "false")
+FINAL_FROM = ("last", "best")
+#: A year and a bit.
+MOST_HOURS = 10_000
 MULTI_TURN = ("drop", "last")
 #: Most samples of a run: each is decoded at every evaluation.
 MOST_SAMPLES = 100
@@ -91,6 +94,9 @@ class TrainConfig:
     keep_checkpoints: int = _count(2, 1, 10**6, "older complete checkpoints are removed")
     eval_every: int = _count(50, 0, 10**9, "optimizer steps between evaluations of the held-out records; 0: never")
     report_to: str = _option("tensorboard", "comma-separated: tensorboard, swanlab, wandb, or none")
+    patience: int = _count(0, 0, 10**6, "stop after so many evaluations in a row without a lower loss; 0: never")
+    final_from: str = _option("last", "weights of final/: of the last step, or of the best checkpoint", FINAL_FROM)
+    max_hours: float = _option(0.0, "end a start with a complete checkpoint before it has run so long; 0: no limit")
     publish: dict = _option(None, "publish the result, for instance {model_id: me/x, revision: v1.0.0}")
     multi_turn: str = _option(
         "drop", "conversations of several questions: drop, or last: take the last pair", MULTI_TURN
@@ -122,6 +128,10 @@ class TrainConfig:
                 require(value <= most, key.name, f"at most {most:,}")
         for name in ("gradient_clip", "weight_decay"):
             require(getattr(self, name) >= 0, name, "at least 0")
+        require(0 <= self.max_hours <= MOST_HOURS, "max_hours", f"at least 0 and at most {MOST_HOURS:,}")
+        for name, wanted in (("patience", self.patience > 0), ("final_from", self.final_from == "best")):
+            measured = self.eval_every > 0 and self.test_size > 0
+            require(measured or not wanted, name, "left out where eval_every or test_size is 0: no loss is measured")
         require(self.learning_rate > 0, "learning_rate", "above 0")
         require(self.adam_epsilon > 0, "adam_epsilon", "above 0")
         for name in ("adam_beta1", "adam_beta2"):

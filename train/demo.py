@@ -9,7 +9,8 @@ from pathlib import Path
 from modelscope.pipelines import pipeline
 from modelscope.utils.constant import Tasks
 
-import modelscope_dolly
+import modelscope_dolly  # noqa: F401  registers the pipeline
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
 from train import finetune, nano
 from train.finetune import FINAL
@@ -25,14 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = UsageParser(prog="train.demo", description="Train and ask the nano dolly.", allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("runs/nano"), help="the run (default: runs/nano)")
     parser.add_argument("--epochs", default=None, help=argparse.SUPPRESS)
-    try:
+
+    def command() -> int:
         options = parser.parse_args(arguments)
         return demonstrate(options.output, [] if options.epochs is None else ["--epochs", options.epochs])
-    except modelscope_dolly.DollyError as error:
-        print(f"train.demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+    return exit_code(command, "train.demo")
 
 
 def demonstrate(run: Path, flags: list[str]) -> int:

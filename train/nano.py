@@ -18,6 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from transformers.utils import logging as transformers_logging
 
 from modelscope_dolly.checkpoint.writer import export_checkpoint
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import DollyError, one_line
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, render_example
@@ -94,16 +95,16 @@ def write_base(target: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = UsageParser(prog="train.nano", description="Write the untrained nano dolly.", allow_abbrev=False)
     parser.add_argument("output", type=Path, help="directory to write, for instance runs/nano-base")
-    try:
+
+    def command() -> int:
         options = parser.parse_args(arguments)
         write_base(options.output)
-    except DollyError as error:
-        print(f"train.nano: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(f"wrote {options.output}; next: python -m train.finetune train/recipes/nano.yaml --model {options.output}")
-    return 0
+        print(
+            f"wrote {options.output}; next: python -m train.finetune train/recipes/nano.yaml --model {options.output}"
+        )
+        return 0
+
+    return exit_code(command, "train.nano")
 
 
 if __name__ == "__main__":

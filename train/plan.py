@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import sys
 
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
-from modelscope_dolly.errors import DollyError
 from modelscope_dolly.files import gigabytes
 from train.config import Resolved, add_flags, resolve
 from train.data.padded import padded_batch_size, padded_plan
@@ -20,6 +20,7 @@ from train.planning.hardware import Hardware
 from train.planning.memory import checkpoint_bytes, disk_need, final_bytes
 from train.planning.zero_stage import ZeroChoice, choose, table
 from train.prepare import PreparedData, prepare
+from train.training.held_out import keeps_best
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_flags(parser)
     parser.add_argument("--gpus", metavar="HARDWARE", help="plan for other hardware, for instance 8xA100-80G,host=512G")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    try:
+
+    def command() -> int:
         options = parser.parse_args(arguments)
         resolved = resolve(options)
         print(
@@ -35,12 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
             if options.json
             else description(resolved, options.gpus)
         )
-    except DollyError as error:
-        print(f"train.plan: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return 0
+
+    return exit_code(command, "train.plan")
 
 
 def prepare_and_choose(resolved: Resolved, gpus: str | None) -> tuple[PreparedData, ZeroChoice]:
@@ -66,7 +65,7 @@ def figures(resolved: Resolved, gpus: str | None = None) -> dict:
         "reason": choice.reason,
         "gpu_bytes": choice.taken.gpu,
         "host_bytes": choice.taken.host,
-        "checkpoint_bytes": checkpoint_bytes(data.job.trained),
+        "checkpoint_bytes": _checkpoint(data, choice),
         "final_bytes": final_bytes(data.job.parameters, choice.dtype),
     }
 
@@ -94,12 +93,18 @@ def description(resolved: Resolved, gpus: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def _checkpoint(data: PreparedData, choice: ZeroChoice) -> int:
+    use_deepspeed = choice.stage > 0 or data.plan.world > 1
+    return checkpoint_bytes(data.job.trained, choice.stage, choice.dtype, use_deepspeed)
+
+
 def _disk(resolved: Resolved, data: PreparedData, choice: ZeroChoice) -> str:
     """What the run will have on disk, against what is free."""
     config, free = resolved.config, choice.hardware.disk
-    need = disk_need(data.job, len(data.plan.steps), config.save_every, config.keep_checkpoints, choice.dtype)
+    kept, checkpoint = config.keep_checkpoints + keeps_best(config), _checkpoint(data, choice)
+    need = disk_need(data.job, len(data.plan.steps), config.save_every, kept, checkpoint, choice.dtype)
     text = (
-        f"up to {gigabytes(need)} ({config.keep_checkpoints} checkpoints kept, one being written, the final model); "
+        f"up to {gigabytes(need)} ({kept} checkpoints kept, one being written, the final model); "
         f"free: {'not stated' if free is None else gigabytes(free)}"
     )
     too_small = free is not None and need > free

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import GPTNeoXConfig
 
 from modelscope_dolly.checkpoint.config import read_config
 from modelscope_dolly.checkpoint.download import locate
 from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
+from modelscope_dolly.engine.network_config import NetworkConfig
 from modelscope_dolly.errors import SettingError
 from modelscope_dolly.prompt import DollyTokenizer
 from train.config import TrainConfig
@@ -23,7 +24,7 @@ from train.data.validate import CheckedRecords, TrainingRecord, check_records, s
 from train.planning.memory import Job
 from train.publishing.publish_settings import PublishSettings
 from train.training import packed_attention
-from train.training.lora import Lora, read_lora
+from train.training.lora import Lora, check_base, read_lora
 from train.training.loss import response_loss
 
 
@@ -61,7 +62,7 @@ class PreparedData:
 
     batching: Batching
     base: Path
-    network: GPTNeoXConfig
+    network: NetworkConfig
     tokenizer: DollyTokenizer
     sha256: str
     checked: CheckedRecords
@@ -71,10 +72,20 @@ class PreparedData:
     plan: BatchPlan
     lora: Lora | None
 
+    @cached_property
+    def most_labels(self) -> int:
+        """Response tokens of the pass that has most of them, which need not be the one with most tokens."""
+        labels = [len(ids) - prompt for ids, prompt in self.examples]
+        passes = (records for step in self.plan.steps for rank in step for records in rank)
+        return max(sum(labels[i] for i in records) for records in passes)
+
     @property
     def job(self) -> Job:
         """The input of the memory arithmetic."""
-        return Job(self.network, self.plan.largest.tokens, lora_rank=self.lora.r if self.lora else 0)
+        job = Job(self.network, self.plan.largest.tokens, self.most_labels)
+        if self.lora is None:
+            return job
+        return replace(job, lora_rank=self.lora.r, lora_targets=self.lora.targets, lora_bits=self.lora.bits)
 
     def summary(self) -> dict:
         """Figures for people, for `train.plan --json`, and for run.json."""
@@ -111,6 +122,8 @@ def prepare(config: TrainConfig, world: int, batching: Batching | None = None) -
     base = locate(config.model, config.model_revision)
     network = read_config(base)
     tokenizer = read_tokenizer(base, add_keys=True)
+    if lora:
+        check_base(config.model, network, len(tokenizer.tokenizer))
     network.vocab_size = len(tokenizer.tokenizer)
     if config.max_length > network.max_position_embeddings:
         raise SettingError(

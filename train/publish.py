@@ -13,8 +13,10 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
-from modelscope_dolly.errors import CheckpointError, DollyError, PublishError, one_line
+from modelscope_dolly.cli.streams import complain
+from modelscope_dolly.errors import CheckpointError, DollyError, PublishError, SettingError, one_line
 from train.publishing.hub import BRANCH, Hub
 from train.publishing.publish_settings import VISIBILITIES, PublishSettings
 from train.publishing.remote_files import Files, RevisionDifference, compare
@@ -29,6 +31,11 @@ MOST_WORKERS = 64
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 published; 1 the hub or the network did not allow it; 2 a mistake in the command or the files."""
+    return exit_code(lambda: command(arguments), "train.publish")
+
+
+def command(arguments: list[str] | None) -> int:
+    """The command itself: raises DollyError for what is a mistake."""
     try:
         options = build_parser().parse_args(arguments)
         values = {field.name: getattr(options, field.name) for field in fields(PublishSettings)}
@@ -38,13 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         hub = Hub(settings, options.token, options.endpoint, say, options.workers)
         publish(options.directory, hub, options.dry_run, options.run, options.evaluation, options.staging)
     except PublishError as error:
-        print(f"train.publish: {error}", file=sys.stderr)
+        complain(str(error), "train.publish")
         return 1
-    except DollyError as error:
-        print(f"train.publish: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("train.publish: stopped; the same command resumes", file=sys.stderr)
+        complain("stopped; the same command resumes", "train.publish")
         return 130
     return 0
 
@@ -55,7 +59,11 @@ def build_parser() -> UsageParser:
         prog="train.publish", description="Publish a checkpoint as a revision on a ModelScope hub.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("directory", type=Path, help="a checkpoint: the final/ of a run, or any directory that dolly check finds sound")
+    add(
+        "directory",
+        type=Path,
+        help="the final/ or the adapter/ of a run, or any directory that dolly check finds sound",
+    )
     add("--model-id", required=True, metavar="OWNER/NAME", help="the repository; created if there is none")
     add("--revision", required=True, metavar="TAG", help="for instance v1.0.3; a tag never moves")
     add("--visibility", choices=VISIBILITIES, help="of a new repository (default: private); an old one must have it")
@@ -96,6 +104,7 @@ def publish(
         PublishError: the hub or the network; one line that says whether trying again may help.
         DollyError: the checkpoint cannot be published.
     """
+    from train.publishing.adapter_staging import is_adapter, stage_adapter
     from train.publishing.staging import stage
 
     settings, revision = hub.settings, f"{hub.id}@{hub.revision}"
@@ -104,7 +113,13 @@ def publish(
     hub.say(f"{revision} at {hub.endpoint}, published by {hub.whoami()}")
 
     # What.
-    staged = stage(directory, settings, run, evaluation, staging)
+    adapter = is_adapter(directory)
+    if adapter and evaluation:
+        raise SettingError("--evaluation is of a whole model; an adapter's card shows none: publish final/ with it")
+    if adapter:
+        staged = stage_adapter(directory, settings, run, staging)
+    else:
+        staged = stage(directory, settings, run, evaluation, staging)
     files = staged.files
     size = format_size(sum(file.size for file in files.values()))
     hub.say(f"{short(staged.directory)}: {len(files)} files, {size}; weights are {staged.weights_as}")
@@ -144,8 +159,9 @@ def publish(
         hub.say(f"{hub.revision}: {len(files)} files compared by size and sha256")
 
     if settings.verify_download:
-        verify_download(hub, staged.directory, files)
-    arguments = f'Tasks.text_generation, model="{hub.id}", model_revision="{hub.revision}"'
+        verify_download(hub, staged.directory, files, ask=not adapter)
+    model = f'model=BASE, adapter="{revision}"' if adapter else f'model="{hub.id}", model_revision="{hub.revision}"'
+    arguments = f"Tasks.text_generation, {model}"
     hub.say(f"published; to load it: pipeline({arguments})")
 
 
@@ -173,8 +189,10 @@ def report_dry_run(hub: Hub, files: Files, visibility: str | None, before: Revis
     hub.say(f"dry run: {len(names)} files, {total} at most; nothing was changed on the hub")
 
 
-def verify_download(hub: Hub, staged: Path, files: Files) -> None:
+def verify_download(hub: Hub, staged: Path, files: Files, ask: bool = True) -> None:
     """Download the tag as a user would, compare it, and answer one prompt through ModelScope's pipeline().
+
+    An adapter answers nothing without its base: there, `ask` is false.
 
     Raises:
         PublishError: the download is not what was sent.
@@ -191,6 +209,8 @@ def verify_download(hub: Hub, staged: Path, files: Files) -> None:
         mismatches = compare(files, list_files(downloaded)).mismatches
         if mismatches:
             raise PublishError(f"{hub.id}: the download differs: {some(mismatches)}. Trying again does not help")
+        if not ask:
+            return hub.say(f"downloaded and compared {len(files)} files of the adapter")
         try:
             pipe = pipeline(Tasks.text_generation, model=str(downloaded))
             answer = pipe(QUESTION, do_sample=False, max_new_tokens=64)["text"]

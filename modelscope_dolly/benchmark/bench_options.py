@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from modelscope_dolly.errors import SettingError, shown, unknown_name
 
 PEERS = ("hf", "hf-compile", "ctranslate2", "llamacpp", "vllm")
-FORMATS = ("none", "int8", "int4")
+FORMATS = ("none", "int8", "int8-dynamic", "int4")
 #: Flags that choose another measurement than speed; one at a time.
-MODES = ("mixed", "quality", "cold", "lookup", "draft")
+MODES = ("mixed", "quality", "cold", "lookup", "draft", "callers", "serve")
+#: How much larger the large channels are; those of real networks are 20 to 60 times the others.
+_OUTLIERS = 30.0
 #: Of anything that is counted on the command line.
 _MOST = 1_000_000
 #: peer=interpreter pairs, separated by commas, as with --peer-python.
@@ -42,9 +44,12 @@ class BenchSettings:
     mixed: int | None = None
     slots: int = 8
     quality: bool = False
+    outliers: float | None = None
     cold: bool = False
     lookup: bool = False
     draft: str | None = None
+    callers: tuple[int, ...] | None = None
+    serve: tuple[int, ...] | None = None
     data: str | None = None
     tokenizer: str | None = None
     records: int | None = None
@@ -64,16 +69,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured (default: load, first token, prefill, decode)")
     what.add_argument("--mixed", type=int, metavar="N", help="N requests with answers of very different length")
     what.add_argument("--quality", action="store_true", help="what quantisation does to the model's predictions")
+    what.add_argument(
+        "--outliers", type=float, nargs="?", const=_OUTLIERS, metavar="F",
+        help="with --quality: also for a copy with channels F times the others, as large networks have "
+        f"(default: {_OUTLIERS:g})",
+    )  # fmt: skip
     what.add_argument("--cold", action="store_true", help="from the start of a process to its first token, by phase")
     what.add_argument("--lookup", action="store_true", help="draft tokens from the prompt, on the records of --data")
     what.add_argument("--draft", metavar="SHAPE_OR_DIR", help="acceptance rate from which this draft model pays")
+    what.add_argument(
+        "--callers", nargs="?", const="1,8,16,32", metavar="N,N",
+        help="threads with one question each, beside one list of as many; a stream's longest pause (1,8,16,32)",
+    )  # fmt: skip
+    what.add_argument(
+        "--serve", nargs="?", const="1,8,32", metavar="N,N",
+        help="dolly serve with N clients beside the engine itself, vLLM and llama-server (1,8,32)",
+    )  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--device", help="cpu or cuda:N (default: first GPU, else CPU)")
     how.add_argument(
         "--dtype", dest="dtypes", metavar="DTYPE",
         help="bf16, fp16, fp32, or several with commas (default: what suits the device)",
     )  # fmt: skip
-    how.add_argument("--quantize", default="none", help="none, int8, int4, or several with commas (default: none)")
+    how.add_argument("--quantize", default="none", help="none, int8, int8-dynamic, int4, or several (default: none)")
     how.add_argument("--batch", dest="batches", metavar="BATCH", default="1,8", help="batch sizes (default: 1,8)")
     how.add_argument("--threads", type=int, help="CPU threads (default: the physical cores)")
     how.add_argument("--repeats", type=int, default=3, help="of each measurement, after a warm-up (default: 3)")
@@ -110,6 +128,10 @@ def settings_of(options: argparse.Namespace) -> BenchSettings:
         raise SettingError(f"--{modes[0]} and --{modes[1]} are measurements of their own; give one of them")
     if options.quality and not options.model:
         raise SettingError("--quality needs a model: random weights have no quality to lose")
+    if options.outliers is not None and not options.quality:
+        raise SettingError("--outliers belongs to --quality, which measures what they do")
+    if options.outliers is not None and not 1 < options.outliers <= 1000:
+        raise SettingError(f"--outliers is {shown(options.outliers)}, it must be above 1, and at most 1000")
     if options.lookup and not options.data:
         raise SettingError("--lookup needs --data FILE: how many draft tokens are accepted depends on the text")
     values["quantize"] = _names("quantize", options.quantize, FORMATS)
@@ -136,7 +158,9 @@ def settings_of(options: argparse.Namespace) -> BenchSettings:
             raise SettingError(f"--{name} {values[name]}: no such file")
     if options.keep is not None and os.path.lexists(options.keep) and not os.path.isdir(options.keep):
         raise SettingError(f"--keep {options.keep}: not a directory")
-    values |= {"shape": None if options.model else options.shape or "3b", "batches": _sizes(options.batches)}
+    values |= {"shape": None if options.model else options.shape or "3b", "batches": _sizes("batch", options.batches)}
+    for name in ("callers", "serve"):
+        values[name] = _sizes(name, values[name]) if values[name] is not None else None
     values |= {"dtypes": tuple(options.dtypes.split(",")) if options.dtypes else ()}
     return BenchSettings(**{**values, "peer_python": _interpreters(options.peer_python)})
 
@@ -149,11 +173,11 @@ def _names(kind: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _sizes(text: str) -> tuple[int, ...]:
+def _sizes(name: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     wrong = [part for part in parts if not re.fullmatch("[0-9]{1,4}", part) or not 1 <= int(part) <= 1024]
     if wrong:
-        raise SettingError(f"--batch {text!r}: {wrong[0]!r} is not a whole number from 1 to 1024")
+        raise SettingError(f"--{name} {text!r}: {wrong[0]!r} is not a whole number from 1 to 1024")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

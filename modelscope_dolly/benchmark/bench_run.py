@@ -26,7 +26,7 @@ class Variant(NamedTuple):
     """What one child process measures."""
 
     engine: str  # "dolly" or a peer
-    format: str  # a number type, int8 or int4
+    format: str  # a number type, or a name of `quantize=`
     dtype: str  # of what is not quantised
     program: str = sys.executable  # the interpreter that runs it; for llamacpp, its program
 
@@ -95,10 +95,10 @@ class BenchRun:
         done = set(names)
         self.results["not_measured"] = [name for name in self.results["not_measured"] if name not in done]
 
-    def prompt(self) -> list[int]:
-        """Random ids of --prompt-tokens tokens; from 4 on: no end of text among them."""
+    def prompt(self, tokens: int | None = None) -> list[int]:
+        """Random ids, as many as --prompt-tokens unless said otherwise; from 4 on: no end of text among them."""
         top = min(self.config.vocab_size, 50000)
-        return [self.random.randrange(4, top) for _ in range(self.settings.prompt_tokens)]
+        return [self.random.randrange(4, top) for _ in range(tokens or self.settings.prompt_tokens)]
 
     def variants(self) -> list[Variant]:
         """Our own: the number types as they are, then the quantised formats."""

@@ -23,7 +23,7 @@ from modelscope_dolly.hardware import DTYPES, free_memory
 from modelscope_dolly.kernels.quantized_linear import BYTES_PER_WEIGHT, is_linear
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 #: Least bytes of the array that is read, where the size of the last cache is unknown.
 _LEAST_ARRAY = 1 << 30
@@ -126,14 +126,14 @@ def _rate(work: Callable[[], object], amount: float, repeats: int, device: torch
     return spread(rates[1:])
 
 
-def linear_weights(config: GPTNeoXConfig) -> int:
+def linear_weights(config: NetworkConfig) -> int:
     """Number of weights of the linear layers, output head included: what each decode step reads."""
     shapes = parameter_shapes(config)
     count = sum(math.prod(shape) for name, shape in shapes.items() if is_linear(name, shape))
     return count + (math.prod(shapes["gpt_neox.embed_in.weight"]) if config.tie_word_embeddings else 0)
 
 
-def bytes_per_step(config: GPTNeoXConfig, number_format: str, held: str | None = None) -> float:
+def bytes_per_step(config: NetworkConfig, number_format: str, held: str | None = None) -> float:
     """Bytes of linear weights that one decode step reads, whatever the batch. The cache is not counted.
 
     Args:

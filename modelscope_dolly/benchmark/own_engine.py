@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelscope_dolly import load as loading
+from modelscope_dolly.checkpoint.verification import Verification
 from modelscope_dolly.engine.sampling import Sampling
 from modelscope_dolly.engine.sequence import Request, RunStats
 from modelscope_dolly.engine.speculative.prompt_lookup import PromptLookup
 from modelscope_dolly.engine.step_input import StepInput
-from modelscope_dolly.kernels.quantized_linear import BF16Linear
+from modelscope_dolly.kernels.quantized_linear import METHODS, BF16Linear
 
 if TYPE_CHECKING:
     from modelscope_dolly.engine.cuda_graphs import Forward
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def load_model(job: dict) -> loading.Dolly:
-    """The checkpoint in the job's format: a number type, or int8 or int4."""
-    quantize = job["format"] if job["format"] in ("int8", "int4") else None
+    """The checkpoint in the job's format: a number type, or a name of `quantize=`."""
+    quantize = job["format"] if job["format"] in METHODS else None
     more = {"quantize": quantize, "threads": job["threads"], "draft": job.get("draft")}
     return loading.load(job["model"], job["device"], job["dtype"], **more)
 
@@ -35,8 +36,11 @@ def load_engine(job: dict) -> Engine:
 
 
 def load_in_phases(job: dict) -> tuple[Engine, dict[str, float]]:
-    """The engine, and seconds of each phase of loading: the two functions that load() is made of are wrapped."""
-    phases = {"check": 0.0, "read_and_place": 0.0}
+    """The engine, and seconds of each phase of loading: the functions that load() is made of are wrapped.
+
+    Weight files are hashed beside reading them; `compare` is what is left of that when they have been read.
+    """
+    phases = {"check": 0.0, "read_and_place": 0.0, "compare": 0.0}
 
     def timed(name: str, work: Any) -> Any:
         def run(*arguments: Any, **keywords: Any) -> Any:
@@ -50,6 +54,7 @@ def load_in_phases(job: dict) -> tuple[Engine, dict[str, float]]:
 
     loading.open_checkpoint = timed("check", loading.open_checkpoint)
     loading.load_network = timed("read_and_place", loading.load_network)
+    Verification.finish = timed("compare", Verification.finish)
     start = time.perf_counter()
     engine = load_engine(job)
     phases["rest_of_load"] = time.perf_counter() - start - sum(phases.values())

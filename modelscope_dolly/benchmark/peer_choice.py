@@ -26,7 +26,7 @@ def choose_variants(run: BenchRun) -> tuple[list[Variant], dict[str, str]]:
     wanted = run.settings.peers if run.settings.peers is not None else [name for name in PEERS if name != "hf-compile"]
     for engine in wanted:
         program = run.settings.peer_python.get(engine)
-        if reason := _missing(run, engine, program):
+        if reason := missing_reason(run, engine, program):
             missing[engine] = reason
         elif engine == "llamacpp":
             variants.append(Variant(engine, Path(run.settings.gguf).stem, run.dtypes[0], program))
@@ -44,7 +44,7 @@ def _formats(run: BenchRun, engine: str) -> list[str]:
     return quantised or [name for name in run.dtypes if name in known] or [known[0]]
 
 
-def _missing(run: BenchRun, engine: str, program: str | None) -> str | None:
+def missing_reason(run: BenchRun, engine: str, program: str | None) -> str | None:
     """Why a peer cannot run here; None if it can."""
     if engine == "llamacpp":
         if program is None or run.settings.gguf is None:

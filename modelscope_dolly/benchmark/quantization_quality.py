@@ -3,6 +3,7 @@
 Each record's answer is read with the right tokens before it (teacher forcing), by the same network that answers, and
 the distribution of every next token is compared with that of the unquantised reference: Kullback-Leibler divergence
 KL(reference || format) in nats, how often the likeliest token is the same, and perplexity of the answer itself.
+With --outliers all of it is done again with a copy of the model that has large channels, see outlier_channels.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gc
 import itertools
 import math
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,7 @@ import torch
 from modelscope_dolly.benchmark.bench_run import BenchRun, Variant
 from modelscope_dolly.benchmark.examples import Example, encode, read_records, shuffled
 from modelscope_dolly.benchmark.machine import describe_machine
+from modelscope_dolly.benchmark.outlier_channels import copy_with_outliers
 from modelscope_dolly.benchmark.own_engine import load_model, log_probabilities
 from modelscope_dolly.benchmark.process import progress
 from modelscope_dolly.checkpoint.download import locate
@@ -83,13 +86,21 @@ def measure(run: BenchRun) -> None:
         "data": settings.data or "built-in sample", "rows": rows,
         "machine": describe_machine(run.device, run.threads),
     }  # fmt: skip
-    run.expect(variant.format for variant in variants)
-    with tempfile.NamedTemporaryFile(prefix="dolly-quality-") as file:
-        reference = torch.from_file(file.name, shared=True, size=count * vocabulary).view(count, -1)
-        for variant in variants:
-            job = {"model": checkpoint.path, "device": run.device, "threads": settings.threads, **variant._asdict()}
-            rows.append(_row(job, examples, reference, is_reference=not rows))
-            run.measured([variant.format])
+    factors = [None, settings.outliers] if settings.outliers else [None]
+    run.expect(_name(variant, factor) for factor in factors for variant in variants)
+    with tempfile.TemporaryDirectory(prefix="dolly-quality-") as folder:
+        reference = torch.from_file(f"{folder}/logits", shared=True, size=count * vocabulary).view(count, -1)
+        for factor in factors:
+            model = copy_with_outliers(checkpoint, Path(folder, "model"), factor) if factor else checkpoint.path
+            for variant in variants:
+                job = {"model": model, "device": run.device, "threads": settings.threads, **variant._asdict()}
+                row = _row(job, examples, reference, is_reference=variant is variants[0])
+                rows.append({**row, "outliers": factor})
+                run.measured([_name(variant, factor)])
+
+
+def _name(variant: Variant, outliers: float | None) -> str:
+    return f"{variant.format}, outliers {outliers:g}" if outliers else variant.format
 
 
 def choose_examples(tokenizer: DollyTokenizer, settings: BenchSettings) -> list[Example]:

@@ -172,10 +172,48 @@ def _draft(results: dict) -> list[str]:
     ]  # fmt: skip
 
 
+def _callers(results: dict) -> list[str]:
+    settings = results["settings"]
+    table = _table(results["callers"]["rows"], [
+        _FORMAT, ("callers", _text("callers")), ("threads s", _spread("threads_s", 2)),
+        ("list s", _spread("list_s", 2)), ("threads tok/s", _number("threads_tokens_per_s", 1)),
+        ("list tok/s", _number("list_tokens_per_s", 1)), ("of list", _share("share")),
+    ])  # fmt: skip
+    pauses = _table(results["callers"]["pauses"], [
+        _FORMAT, ("step ms", _spread("step_s", 1, 1000)), ("longest pause ms", _spread("longest_s", 0, 1000)),
+        ("prompt s", _spread("prompt_s", 2)),
+    ], left=1)  # fmt: skip
+    return [
+        f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens each, {_repeats(results)}", "",
+        *table, "", "of list: tokens/s of threads with one question each over those of one list of them", "",
+        "an answer beside somebody else's prompt of 2,000 tokens:", "", *pauses, "",
+        "step: between two of its tokens before; prompt: until the other one's first token",
+    ]  # fmt: skip
+
+
+def _serve(results: dict) -> list[str]:
+    part, settings = results["serve"], results["settings"]
+    table = _table(part["rows"], [
+        _ENGINE, _FORMAT, ("clients", _text("clients")), ("requests/s", _number("requests_per_s", 2)),
+        ("tok/s", _number("tokens_per_s", 1)), ("of engine", _share("share")),
+        ("first ms", _number("first_p50_s", 0, 1000)), ("p95", _number("first_p95_s", 0, 1000)),
+        ("between ms", _number("between_p50_s", 1, 1000)), ("p95", _number("between_p95_s", 1, 1000)),
+    ])  # fmt: skip
+    return [
+        f"{settings['prompt_tokens']} prompt and up to {settings['new_tokens']} new tokens, each client asks "
+        f"{part['requests']} times in turn, {_repeats(results)}", "", *table, "",
+        "first, between: to the first token and between two, median and 95 % of them",
+        *_missing(part["missing"]),
+    ]  # fmt: skip
+
+
 def _quality(results: dict) -> list[str]:
     part = results["quality"]
+    stressed = any(row["outliers"] for row in part["rows"])
+    outliers = [("outliers", lambda row: f"{row['outliers']:g}" if row["outliers"] else "-")] if stressed else []
     table = _table(part["rows"], [
-        _FORMAT, ("KL mean", lambda row: f"{row['kl_mean']:.2e}"), ("KL 99 %", lambda row: f"{row['kl_p99']:.2e}"),
+        _FORMAT, *outliers, ("KL mean", lambda row: f"{row['kl_mean']:.2e}"),
+        ("KL 99 %", lambda row: f"{row['kl_p99']:.2e}"),
         ("top-1 same", lambda row: f"{row['top1']:.2%}"), ("perplexity", lambda row: f"{row['perplexity']:.4f}"),
     ], left=1)  # fmt: skip
     lines = [
@@ -189,4 +227,13 @@ def _quality(results: dict) -> list[str]:
 
 
 #: What may be in the results, and what writes it.
-_PARTS = {"rows": _speed, "mixed": _mixed, "cold": _cold, "lookup": _lookup, "draft": _draft, "quality": _quality}
+_PARTS = {
+    "rows": _speed,
+    "mixed": _mixed,
+    "cold": _cold,
+    "lookup": _lookup,
+    "draft": _draft,
+    "callers": _callers,
+    "serve": _serve,
+    "quality": _quality,
+}

@@ -13,9 +13,11 @@ from modelscope_dolly.benchmark import (
     cold_start,
     draft_model_speed,
     engine_timing,
+    many_callers,
     mixed_lengths,
     prompt_lookup_speed,
     quantization_quality,
+    server_speed,
 )
 from modelscope_dolly.benchmark.bench_options import MODES, BenchSettings
 from modelscope_dolly.benchmark.bench_run import BenchRun
@@ -24,7 +26,8 @@ from modelscope_dolly.benchmark.process import progress
 
 _MEASUREMENTS = {
     "speed": engine_timing.measure, "mixed": mixed_lengths.measure, "cold": cold_start.measure,
-    "lookup": prompt_lookup_speed.measure, "draft": draft_model_speed.measure,
+    "lookup": prompt_lookup_speed.measure, "draft": draft_model_speed.measure, "callers": many_callers.measure,
+    "serve": server_speed.measure,
 }  # fmt: skip
 
 
@@ -36,8 +39,8 @@ def run_benchmark(settings: BenchSettings, results: dict | None = None) -> dict:
         results: is filled as figures come in, so that those of a run that is stopped are not lost.
 
     Returns:
-        command, date, machine, settings, limits; then `rows` and `missing` (speed), `mixed`, `cold`, `lookup`, `draft`
-        or `quality`. Seconds and bytes unless a name says otherwise.
+        command, date, machine, settings, limits; then `rows` and `missing` (speed), `mixed`, `cold`, `lookup`, `draft`,
+        `callers`, `serve` or `quality`. Seconds and bytes unless a name says otherwise.
 
     Raises:
         DollyError: our own engine cannot do it, or a setting is wrong. A peer that fails has an `error` in its row.

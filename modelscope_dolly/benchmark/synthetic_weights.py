@@ -1,7 +1,7 @@
 """A checkpoint of random weights in a real shape, for measurements: speed does not depend on the values.
 
 It is a complete directory like any other, so that whatever reads checkpoints can be measured on the same weights. The
-tokenizer knows bytes and the control keys only; measurements work with token ids.
+tokenizer knows bytes and the control keys; measurements work with token ids, each of which has a text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelscope_dolly.checkpoint.memory import SHAPES, shape_config, weight_bytes
+from modelscope_dolly.checkpoint.config import transformers_config
+from modelscope_dolly.checkpoint.memory import SHAPES, VOCABULARY, shape_config, weight_bytes
 from modelscope_dolly.checkpoint.weights import write_tensors
 from modelscope_dolly.checkpoint.writer import seal_directory, write_side_files
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
@@ -23,7 +24,7 @@ from modelscope_dolly.files import check_disk, new_directory
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 #: Weights are cut from one block of so many random values, at offsets that differ from tensor to tensor. A prime,
 #: so that the rows of a matrix never repeat.
@@ -33,7 +34,7 @@ _STRIDE = 1_048_573
 _SPREAD = 0.02
 
 
-def parse_shape(text: str) -> GPTNeoXConfig:
+def parse_shape(text: str) -> NetworkConfig:
     """`3b`, `7b`, `12b`, or HIDDENxLAYERSxHEADS such as 1024x24x16. Raises SettingError."""
     if text in SHAPES:
         return shape_config(text)
@@ -50,7 +51,7 @@ def parse_shape(text: str) -> GPTNeoXConfig:
     return config
 
 
-def make_checkpoint(config: GPTNeoXConfig, target: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+def make_checkpoint(config: NetworkConfig, target: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a complete directory of random weights, shard by shard (at most about 2 GB of memory).
 
     Raises:
@@ -60,8 +61,7 @@ def make_checkpoint(config: GPTNeoXConfig, target: Path, seed: int = 0, dtype: t
     need = weight_bytes(config, dtype.itemsize)
     check_disk(target, need, "a checkpoint of this shape", "give another directory with --keep DIR, or set TMPDIR")
     with new_directory(target) as directory:
-        config.architectures, config.dtype = ["GPTNeoXForCausalLM"], dtype
-        config.save_pretrained(directory)
+        transformers_config(config, architectures=["GPTNeoXForCausalLM"], dtype=dtype).save_pretrained(directory)
         write_tensors(directory, _tensors(config, seed, dtype))
         tokenizer = _tokenizer()
         tokenizer.tokenizer.save_pretrained(directory)
@@ -70,7 +70,7 @@ def make_checkpoint(config: GPTNeoXConfig, target: Path, seed: int = 0, dtype: t
     return target
 
 
-def _tensors(config: GPTNeoXConfig, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(config: NetworkConfig, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     shapes = parameter_shapes(config)
     largest = max(math.prod(shape) for shape in shapes.values())
     size = min(_BLOCK, max(largest, 1009))
@@ -88,18 +88,17 @@ def _tensors(config: GPTNeoXConfig, seed: int, dtype: torch.dtype) -> Iterator[t
 
 
 def _tokenizer() -> DollyTokenizer:
-    """Bytes and control tokens; nothing was learned, so it is always the same."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """Bytes, a word for every further id, and control tokens, whose ids are those of the published tokenizer.
 
-    alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
+    Nothing was learned, so it is always the same: words come out, and none goes in.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    symbols = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    symbols += [f"\u0120{number:x}" for number in range(len(symbols), VOCABULARY - len(CONTROL_KEYS))]
+    backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     keys = [AddedToken(key, special=True, normalized=False) for key in (END_OF_TEXT, *CONTROL_KEYS)]
     backend.add_special_tokens(keys)
-    return DollyTokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-        )
-    )
+    return DollyTokenizer(backend)

@@ -6,6 +6,7 @@ python -m modelscope_dolly.benchmark.worker '{"engine": "dolly", "model": "DIR",
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
@@ -49,10 +50,11 @@ def run_mixed(job: dict) -> dict:
 
 
 def run_cold(job: dict) -> dict:
-    """One start: seconds of each phase from the moment the process was asked for to its first token."""
-    # load() imports these when it first needs them; here they count as import
-    from transformers import GPTNeoXConfig, PreTrainedTokenizerFast  # noqa: F401
+    """One start: seconds of each phase from the moment the process was asked for to its first token.
 
+    job["cache"] takes the place of the user's cache directory, which knows what has been compared with a manifest.
+    """
+    os.environ["XDG_CACHE_HOME"] = job["cache"]
     from modelscope_dolly.benchmark.own_engine import answer, load_in_phases
 
     phases = {"import": time.time() - job["spawned"]}
@@ -70,6 +72,14 @@ def run_job(job: dict) -> dict:
         return run_cold(job)
     if "requests" in job:
         return run_mixed(job)
+    if "clients" in job:
+        from modelscope_dolly.benchmark.server_speed import run_clients
+
+        return run_clients(job)
+    if "callers" in job:
+        from modelscope_dolly.benchmark.many_callers import run_callers
+
+        return run_callers(job)
     if "lookup" in job:
         from modelscope_dolly.benchmark.prompt_lookup_speed import run_lookup
 

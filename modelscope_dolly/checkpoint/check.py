@@ -10,14 +10,16 @@ import torch
 
 from modelscope_dolly import PIPELINE_TYPE
 from modelscope_dolly.checkpoint import manifest
-from modelscope_dolly.checkpoint.config import read_config
+from modelscope_dolly.checkpoint.config import read_config, read_quantization
 from modelscope_dolly.checkpoint.download import repair_hint
-from modelscope_dolly.checkpoint.reader import raise_problems, tensor_locations
+from modelscope_dolly.checkpoint.reader import tensor_locations
 from modelscope_dolly.checkpoint.tokenizer import check_vocabulary, read_tokenizer
+from modelscope_dolly.checkpoint.verification import raise_problems
 from modelscope_dolly.checkpoint.weights import read_tensors, weight_files
 from modelscope_dolly.errors import CheckpointError, one_line, printable
 from modelscope_dolly.files import file_kind, path_of, read_json
 from modelscope_dolly.hardware import dtype_name
+from modelscope_dolly.kernels.quantized_linear import packed_problem
 from modelscope_dolly.prompt import CONTROL_KEYS
 
 
@@ -116,6 +118,7 @@ def _names(path: Path) -> str:
 
 def _values(path: Path) -> str:
     locations = tensor_locations(path, read_config(path))
+    method, _ = read_quantization(path)
     total, types, problems = 0, set(), []
     for name, tensor in read_tensors(locations):
         total += tensor.numel()
@@ -124,6 +127,8 @@ def _values(path: Path) -> str:
             problems.append(f"{locations[name][0]}: {name} holds values that are not finite")
         elif tensor.dtype == torch.int8 and int(tensor.min()) < -127:
             problems.append(f"{locations[name][0]}: {name} holds -128, the smallest number of int8 weights is -127")
+        elif name.endswith("weight_packed") and (problem := packed_problem(tensor, method)):
+            problems.append(f"{locations[name][0]}: {name} {problem}")
         elif tensor.dim() == 2 and not bool(tensor.any()):
             problems.append(f"{locations[name][0]}: {name} is all zeros")
     raise_problems(problems)

@@ -50,6 +50,18 @@ def locate(model: str, revision: str | None = None, patterns: Sequence[str] = DO
     return path
 
 
+def locate_adapter(name: str | Path) -> Path:
+    """The local directory of a LoRA adapter: itself, or for owner/name or owner/name@tag a downloaded snapshot.
+
+    Raises:
+        CheckpointError, SettingError: as locate.
+    """
+    path = path_of("adapter", name)
+    model, _, revision = path.partition("@")
+    hub = file_kind(path) is None and HUB_ID.fullmatch(model)
+    return locate(model, revision or None, DOWNLOAD_PATTERNS[:2]) if hub else Path(path)
+
+
 def locate_config(model: str, revision: str | None = None) -> Path:
     """A directory with the config.json of `model`; nothing else is downloaded of a hub id."""
     return locate(model, revision, ["config.json"])

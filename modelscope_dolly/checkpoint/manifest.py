@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -62,19 +62,22 @@ def read(directory: Path) -> dict[str, dict] | None:
     return files
 
 
-def differences(directory: Path, names: Iterable[str] | None = None) -> list[str]:
+def differences(
+    directory: Path, names: Iterable[str] | None = None, sha256: Callable[[Path], str] = file_sha256
+) -> list[str]:
     """How files differ from the manifest, one message each; empty when all match or there is no manifest.
 
     Args:
         directory: of the checkpoint.
         names: files to compare (default: all that the manifest lists). One without a recorded checksum is a difference.
+        sha256: of a regular file.
     """
     entries = read(directory)
     if entries is None:
         return []
     names = list(entries if names is None else names)
     with ThreadPoolExecutor() as pool:
-        messages = pool.map(lambda name: _difference(directory / name, entries.get(name)), names)
+        messages = pool.map(lambda name: _difference(directory / name, entries.get(name), sha256), names)
         return [message for message in messages if message]
 
 
@@ -102,7 +105,31 @@ def model_digest(directory: Path, weights: Iterable[Path], verified: Container[s
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _difference(path: Path, entry: dict | None) -> str | None:
+def weights_digest(directory: Path, weights: Iterable[Path], read_files: bool = True) -> str | None:
+    """SHA-256 over the digests of the weight files, whatever they are called: the same for a copy of the weights.
+
+    Args:
+        directory: of the model.
+        weights: its weight files.
+        read_files: hash the files where there is no manifest; otherwise the result is then None.
+
+    Raises:
+        CheckpointError: the manifest does not list a file, or a file cannot be read.
+    """
+    entries, files = read(directory), list(weights)
+    if entries is None and not read_files:
+        return None
+    if entries is not None:
+        if missing := [file for file in files if file.name not in entries]:
+            raise CheckpointError(f"{missing[0]}: not listed in {NAME}, no recorded checksum")
+        digests = [entries[file.name]["sha256"] for file in files]
+    else:
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(file_sha256, files))
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def _difference(path: Path, entry: dict | None, sha256: Callable[[Path], str]) -> str | None:
     if entry is None:
         return f"{path}: not listed in {NAME}, no recorded checksum"
     try:
@@ -111,7 +138,7 @@ def _difference(path: Path, entry: dict | None) -> str | None:
         size = path.stat().st_size
         if size != entry["size"]:
             return f"{path}: {size} bytes, expected {entry['size']}"
-        digest = file_sha256(path)
+        digest = sha256(path)
     except FileNotFoundError:
         return f"{path}: missing, expected {entry['size']} bytes"
     except OSError as error:

@@ -11,7 +11,7 @@ from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.kernels.quantized_linear import BYTES_PER_WEIGHT, is_linear
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 #: hidden size, layers, heads of the published sizes (config.json of databricks/dolly-v2-3b, -7b, -12b).
 SHAPES = {"3b": (2560, 32, 32), "7b": (4096, 32, 32), "12b": (5120, 36, 40)}
@@ -48,12 +48,12 @@ class MemoryNeed:
         return self.weights + self.cache
 
 
-def shape_config(size: str) -> GPTNeoXConfig:
+def shape_config(size: str) -> NetworkConfig:
     """Configuration of a published size."""
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
     hidden, layers, heads = SHAPES[size]
-    return GPTNeoXConfig(
+    return NetworkConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -74,13 +74,13 @@ def bytes_per_weight(name: str, shape: Sequence[int], itemsize: int, method: str
     return BYTES_PER_WEIGHT[method] if method and is_linear(name, shape) else itemsize
 
 
-def weight_bytes(config: GPTNeoXConfig, itemsize: int, method: str | None = None) -> int:
+def weight_bytes(config: NetworkConfig, itemsize: int, method: str | None = None) -> int:
     """Bytes of all parameters in memory; for the arguments see bytes_per_weight."""
     shapes = parameter_shapes(config).items()
     return math.ceil(sum(math.prod(s) * bytes_per_weight(name, s, itemsize, method) for name, s in shapes))
 
 
-def memory_needs(config: GPTNeoXConfig) -> list[MemoryNeed]:
+def memory_needs(config: NetworkConfig) -> list[MemoryNeed]:
     """One row per format."""
     numbers = 2 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings  # of keys and values
     return [

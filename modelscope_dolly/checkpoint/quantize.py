@@ -20,7 +20,7 @@ from modelscope_dolly.checkpoint.writer import seal_directory, write_side_files
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 from modelscope_dolly.errors import CheckpointError, SettingError, one_line
 from modelscope_dolly.files import check_disk, new_directory, path_of, read_json, write_json
-from modelscope_dolly.kernels.quantized_linear import is_linear, parse_quantize, stored_tensors
+from modelscope_dolly.kernels.quantized_linear import STORED_METHODS, is_linear, parse_quantize, stored_tensors
 
 
 def quantize_checkpoint(source: str | Path, target: str | Path, method: str = "int8") -> Path:
@@ -34,6 +34,8 @@ def quantize_checkpoint(source: str | Path, target: str | Path, method: str = "i
     method, target = parse_quantize(method), Path(path_of("target", target))
     if method is None:
         raise SettingError("the copy would not be quantised; give int8 or int4")
+    if method not in STORED_METHODS:
+        raise SettingError(f"{method} computes with the weights of int8: write int8, and load it as {method}")
     checkpoint = open_checkpoint(source)
     if checkpoint.quantization:
         raise SettingError(f"{source}: is quantised to {checkpoint.quantization} already; give the original")

@@ -11,7 +11,7 @@ from modelscope_dolly.files import file_kind, read_file, read_json
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 
 def read_tokenizer(path: Path, add_keys: bool = False) -> DollyTokenizer:
@@ -27,7 +27,6 @@ def read_tokenizer(path: Path, add_keys: bool = False) -> DollyTokenizer:
     file = path / "tokenizer.json"
     content = read_file(file)
     from tokenizers import AddedToken, Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
     try:
         backend = Tokenizer.from_buffer(content)
@@ -36,11 +35,10 @@ def read_tokenizer(path: Path, add_keys: bool = False) -> DollyTokenizer:
         present = [token for token in CONTROL_KEYS if backend.token_to_id(token) is not None]
         # A token that is already there keeps its id when it is added, and is marked as special whatever the file said.
         keys = dict.fromkeys([*present, *wanted])
+        if END_OF_TEXT not in {token.content for token in backend.get_added_tokens_decoder().values()}:
+            keys[END_OF_TEXT] = None
         backend.add_special_tokens([AddedToken(key, special=True, normalized=False) for key in keys])
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-        )
-        return DollyTokenizer(tokenizer)
+        return DollyTokenizer(backend)
     except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust library is a BaseException
@@ -57,9 +55,9 @@ def _named_special_tokens(path: Path) -> Iterator[str]:
                     yield text
 
 
-def check_vocabulary(path: Path, config: GPTNeoXConfig, tokenizer: DollyTokenizer) -> None:
+def check_vocabulary(path: Path, config: NetworkConfig, tokenizer: DollyTokenizer) -> None:
     """Raises CheckpointError unless the network has an embedding for every token that the tokenizer can produce."""
-    ids = tokenizer.tokenizer.get_vocab().values()
+    ids = tokenizer.vocabulary().values()
     if max(ids) >= config.vocab_size:
         raise CheckpointError(
             f"{path / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer has {len(ids)} tokens with "

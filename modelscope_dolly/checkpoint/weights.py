@@ -29,7 +29,9 @@ _LEGACY = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotar
 #: Number types as safetensors and torch spell them. Eight bits and fewer mean nothing without their scales.
 _FLOATING = re.compile(r"(BF16|F16|F32|F64)|torch\.(bfloat16|float16|float32|float64)")
 #: Number types of the tensors of a quantised checkpoint, by the last part of their names.
-_QUANTIZED = {"weight_int8": ("I8",), "weight_int4": ("U8",), "weight_scale": ("F32", "F16")}
+_QUANTIZED = {
+    "weight_packed": ("I32",), "weight_int8": ("I8",), "weight_int4": ("U8",), "weight_scale": ("F32", "F16"),
+}  # fmt: skip
 _ALIASES = {"lm_head.weight": "embed_out.weight"}  # transformers 5 calls it so in memory
 
 

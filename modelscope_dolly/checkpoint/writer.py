@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.checkpoint.weights import write_tensors
 from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
 from modelscope_dolly.files import new_directory, read_json, write_atomically, write_json
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, chat_template
@@ -18,6 +19,8 @@ from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, c
 if TYPE_CHECKING:
     import torch
     from transformers import GPTNeoXForCausalLM
+
+    from modelscope_dolly.checkpoint.reader import Checkpoint
 
 SHARD_SIZE = "5GB"
 #: ModelScope's key to our pipeline; a copy is in every published revision.
@@ -49,6 +52,30 @@ def export_checkpoint(
         model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_SIZE)
         tokenizer.tokenizer.save_pretrained(directory)
         write_side_files(directory, tokenizer)
+        seal_directory(directory)
+    return Path(target)
+
+
+def export_merged(checkpoint: Checkpoint, dtype: torch.dtype, target: str | Path) -> Path:
+    """Save a base model with its adapter merged as a complete directory of plain weights.
+
+    The sums are made in float32 from the weights as they are stored, tensor by tensor: memory for a shard of 1 GiB.
+
+    Args:
+        checkpoint: opened with an adapter.
+        dtype: number type to save.
+        target: the new directory.
+
+    Raises:
+        CheckpointError: `target` exists, or the disk does not take it.
+    """
+    with new_directory(Path(target)) as directory:
+        tensors = checkpoint.read_tensors()
+        write_tensors(directory, ((name, tensor.to(dtype, copy=True)) for name, tensor in tensors))
+        checkpoint.config.dtype = dtype
+        checkpoint.config.save_pretrained(directory)
+        checkpoint.tokenizer.tokenizer.save_pretrained(directory)
+        write_side_files(directory, checkpoint.tokenizer)
         seal_directory(directory)
     return Path(target)
 

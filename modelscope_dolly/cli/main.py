@@ -1,7 +1,7 @@
 """The `dolly` command, also reachable as `modelscope dolly ...`: its parser, its exit codes.
 
-A mistake that the user can fix is one line and exit code 2, Ctrl-C is 130; `dolly check` ends with 0 or 1. The modules
-of the commands import nothing heavy before they run.
+A mistake that the user can fix is one line and exit code 2, Ctrl-C is 130; `dolly check` and `dolly batch` end with 0
+or 1. The modules of the commands import nothing heavy before they run.
 """
 
 from __future__ import annotations
@@ -9,17 +9,31 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from modelscope_dolly import __version__
-from modelscope_dolly.cli import ask, bench, chat, check, compare, eval, export, plan, quantize, score, serve, streams
+from modelscope_dolly.cli import (
+    ask,
+    batch,
+    bench,
+    chat,
+    check,
+    compare,
+    eval,
+    export,
+    plan,
+    quantize,
+    score,
+    serve,
+    web,
+)
+from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
-from modelscope_dolly.errors import DollyError, SettingError
+from modelscope_dolly.errors import SettingError
 
 COMMANDS = {
-    "ask": ask, "chat": chat, "serve": serve, "plan": plan, "check": check, "quantize": quantize, "export": export,
-    "bench": bench, "eval": eval, "score": score, "compare": compare,
+    "ask": ask, "chat": chat, "batch": batch, "serve": serve, "web": web, "plan": plan, "check": check,
+    "quantize": quantize, "export": export, "bench": bench, "eval": eval, "score": score, "compare": compare,
 }  # fmt: skip
 
 
@@ -52,42 +66,6 @@ def _run(options: argparse.Namespace) -> int:
     if not options.verbose:
         logging.getLogger("modelscope.dolly").setLevel(logging.WARNING)
     return options.dolly_run(options)
-
-
-def exit_code(command: Callable[[], int]) -> int:
-    """Run a command with streams that may be closed or full, and turn what goes wrong into an exit code."""
-
-    def prepared() -> int:
-        streams.prepare()
-        return command()
-
-    try:
-        code = _caught(prepared)
-    except SystemExit:  # of --help and --version, which have printed
-        if flushed := _caught(streams.flush):
-            raise SystemExit(flushed) from None
-        raise
-    flushed = _caught(streams.flush)
-    return code or flushed
-
-
-def _caught(step: Callable[[], int]) -> int:
-    try:
-        return step()
-    except DollyError as error:
-        streams.complain(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader is gone (`dolly ask ... | head`)
-        streams.give_up(sys.stdout)
-        return 141
-    except MemoryError:
-        streams.complain("not enough memory; see: dolly plan")
-        return 2
-    except OSError as error:  # of a file or stream that no command expected to fail: a full disk, for instance
-        streams.complain(streams.describe(error))
-        return 2
 
 
 class ModelScopeCommand:

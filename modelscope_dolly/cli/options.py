@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from modelscope_dolly.load import Dolly
 
 MODEL_VARIABLE = "DOLLY_MODEL"
+#: --verify -> load(verify=).
+VERIFY = {"changed": True, "always": "always", "never": False}
 #: Options that are keywords of GenerationSettings.
 _SETTINGS = (
     "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "min_p", "presence_penalty",
@@ -30,15 +32,24 @@ def add_json(parser: argparse._ActionsContainer, note: str = "") -> None:
     parser.add_argument("--json", action="store_true", help=f"print one JSON object{note}")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """The options of load_dolly. `positional`: the model is an argument of the command and not --model."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help=f"directory or hub id (default: ${MODEL_VARIABLE})")
+    described = f"directory or hub id (default: ${MODEL_VARIABLE})"
+    group.add_argument("model" if positional else "--model", help=described, **({"nargs": "?"} if positional else {}))
+    parser.set_defaults(model_argument="DIRECTORY_OR_HUB_ID" if positional else "--model DIRECTORY_OR_HUB_ID")
     add_revision(group)
     group.add_argument("--device", help="cpu, cuda:N or gpu (default: first GPU, else CPU)")
     group.add_argument("--dtype", help="bf16, fp16 or fp32 (default: what suits the device)")
-    group.add_argument("--quantize", help="none, int8 or int4: smaller and faster on a CPU, less exact (default: none)")
+    group.add_argument("--quantize", help="none, int8, int8-dynamic or int4: smaller, faster, less exact")
     group.add_argument("--threads", type=int, help="of the CPU (default: physical cores)")
+    group.add_argument(
+        "--verify", choices=tuple(VERIFY), default="changed",
+        help="which files are compared with their recorded checksums: changed (since they were last compared; the "
+        "default), always (all), never",
+    )  # fmt: skip
     group.add_argument("--draft", metavar="MODEL", help="a smaller model with the same vocabulary, for draft tokens")
+    group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of this model, merged while it is loaded")
 
 
 def add_slots(parser: argparse._ActionsContainer, default: str) -> None:
@@ -80,23 +91,22 @@ def model_name(options: argparse.Namespace) -> str | None:
 def required_model_name(options: argparse.Namespace) -> str:
     """As model_name. Raises SettingError where none is named."""
     if not (model := model_name(options)):
-        raise SettingError(f"no model named: pass --model DIRECTORY_OR_HUB_ID, or set {MODEL_VARIABLE}")
+        raise SettingError(f"no model named: pass {options.model_argument}, or set {MODEL_VARIABLE}")
     return model
 
 
 def load_keywords(options: argparse.Namespace) -> dict[str, Any]:
     """What the options of a command say to load.load."""
-    names = ("device", "dtype", "quantize", "threads", "draft", "slots")
-    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+    names = ("device", "dtype", "quantize", "threads", "draft", "adapter", "slots")
+    keywords = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return {**keywords, "verify": VERIFY[options.verify]}
 
 
 def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
     """The model and the settings of its answers. Raises DollyError."""
-    model = required_model_name(options)
-    from modelscope_dolly.checkpoint.download import locate
+    required_model_name(options)
     from modelscope_dolly.files import read_json
     from modelscope_dolly.generation import GenerationSettings
-    from modelscope_dolly.load import load
 
     if options.logprobs is not None and not options.json:
         raise SettingError("--logprobs are part of the JSON output; give --json, too")
@@ -109,4 +119,13 @@ def load_model(options: argparse.Namespace) -> tuple[Dolly, GenerationSettings]:
     if options.json_schema is not None:
         given["json_schema"] = read_json(Path(options.json_schema))
     settings = GenerationSettings().updated({**given, "do_sample": not options.greedy})
-    return load(locate(model, options.revision), **load_keywords(options)), settings
+    return load_dolly(options), settings
+
+
+def load_dolly(options: argparse.Namespace) -> Dolly:
+    """The model that add_model_options describe. Raises DollyError."""
+    model = required_model_name(options)
+    from modelscope_dolly.checkpoint.download import locate
+    from modelscope_dolly.load import load
+
+    return load(locate(model, options.revision), **load_keywords(options))

@@ -11,7 +11,7 @@ from modelscope_dolly.cli.options import add_json, add_revision
 from modelscope_dolly.files import free_disk, gigabytes
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 SUMMARY = "memory and disk a model needs, compared with what is here"
 
@@ -63,7 +63,7 @@ def plan_figures(model: str, revision: str | None = None) -> dict:
     }
 
 
-def model_config(model: str, revision: str | None = None) -> tuple[GPTNeoXConfig, bool]:
+def model_config(model: str, revision: str | None = None) -> tuple[NetworkConfig, bool]:
     """Configuration of a size name (3b, 7b, 12b), a directory, or a hub id, of which only config.json is downloaded.
 
     Also whether the weights are stored in bfloat16 according to it, as those of the published sizes are.

@@ -32,10 +32,10 @@ def prepare() -> None:
         sys.stdout.reconfigure(errors="backslashreplace" if utf8 else "replace")
 
 
-def complain(message: str) -> None:
+def complain(message: str, program: str = "dolly") -> None:
     """One line on standard error, if it takes it."""
     try:
-        print(f"dolly: {printable(message)}", file=sys.stderr, flush=True)
+        print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
     except OSError:
         give_up(sys.stderr)
 

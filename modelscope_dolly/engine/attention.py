@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from modelscope_dolly.engine.bounded_shapes import bounded, fill_up
 from modelscope_dolly.engine.rotary import Rotary, apply_rotary
 from modelscope_dolly.engine.step_input import DeviceStepInput
 from modelscope_dolly.kernels import cpu, varlen_attention
@@ -59,17 +60,25 @@ def _each_prompt(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, inputs: DeviceStepInput,
     keys: torch.Tensor, values: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """One call of torch's attention per prompt, without padding; what is before a chunk comes from the cache."""
+    """One call of torch's attention per prompt, without padding; what is before a chunk comes from the cache.
+
+    In half precision on a CPU torch may call oneDNN: then the shapes are bounded. No token sees what fills them up, as
+    it lies behind all tokens.
+    """
     out = query.new_empty(len(query), query[0].numel())
+    half_on_cpu = query.device.type == "cpu" and query.dtype != torch.float32
+    size = bounded if half_on_cpu else int
     for slot, begin, end, start, _ in inputs.step.spans or ():
         q, k, v = (tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value))
         stop = start + end - begin
         keys[slot, :, start:stop], values[slot, :, start:stop] = k[0], v[0]
         if start:
             k, v = (cached[None, slot, :, :stop].to(q.dtype) for cached in (keys, values))
-            seen = torch.ones(end - begin, stop, dtype=torch.bool, device=q.device).tril_(start)
+        q, k, v = fill_up(q, size(end - begin), 2), fill_up(k, size(stop), 2), fill_up(v, size(stop), 2)
+        if start:
+            seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_(start)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         else:
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out[begin:end] = attended[0].transpose(0, 1).flatten(1)
+        out[begin:end] = attended[0, :, : end - begin].transpose(0, 1).flatten(1)
     return out

@@ -26,6 +26,7 @@ from modelscope_dolly.engine.scheduler import PREFILL_TOKENS, Scheduler, Specula
 from modelscope_dolly.engine.sequence import Group, Request, RunStats, Sequence, SharedPrompt, Token
 from modelscope_dolly.engine.step_timer import StepTimer
 from modelscope_dolly.errors import DollyError, HardwareError, PromptError, SettingError
+from modelscope_dolly.hardware import release_threads
 
 #: Sequences that run at the same time, unless a caller says so.
 SLOTS = 32
@@ -65,6 +66,7 @@ class Call(Group):
                 yield self._next()
         finally:
             self.close()
+            self._engine._release_threads()
 
     def take(self) -> Iterator[Token]:
         """Yield the tokens that are ready, without waiting. Raises: as iterating does."""
@@ -218,16 +220,29 @@ class Engine:
         """Wait until somebody's turn has made a token for `call`, or take a turn."""
         state, me = self._state, threading.get_ident()
         assert state is not None
+        if not call.ready and (state.owner or state.worker):
+            self._release_threads()
         try:
             with state.changed:
                 state.changed.wait_for(lambda: call.ready or not (state.owner or state.worker))
                 if call.ready:
                     return
                 state.owner = me
+            state.computing.add(me)
             state.turn(self, call)
         finally:
             if state.owner == me:
                 state.end_turn()
+
+    def _release_threads(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        """The calling thread takes no turn for now: what it has to compute with is not to slow down who does."""
+        if finalizing():  # as in _cancel
+            return
+        state, me = self._state, threading.get_ident()
+        if state is not None and me in state.computing:
+            state.computing.discard(me)
+            if self.device.type == "cpu":
+                release_threads()
 
     def _cancel(self, call: Call, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """Let go of a call; if somebody takes a turn now, or takes all of them, the next one does it."""
@@ -280,6 +295,7 @@ class _State:
             before those who wait have woken up.
         owner: the thread whose turn it is, or None.
         worker: the thread that takes all turns, see Engine.work, or None; and whether it is to stop.
+        computing: threads that have taken a turn, and still have what they compute with.
         submitted: calls that the scheduler does not know yet.
         cancelled: calls that it is to forget.
     """
@@ -290,6 +306,7 @@ class _State:
         self.owner: int | None = None
         self.worker: int | None = None
         self.resting = False
+        self.computing: set[int] = set()
         self.submitted: deque[Call] = deque()
         self.cancelled: deque[Call] = deque()
         self._news: set[Call] = set()

@@ -9,7 +9,7 @@ import torch
 from modelscope_dolly.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 
 class Rotary:
@@ -22,7 +22,7 @@ class Rotary:
         width: R.
     """
 
-    def __init__(self, config: GPTNeoXConfig):
+    def __init__(self, config: NetworkConfig):
         parameters = config.rope_parameters
         if parameters.get("rope_type", "default") != "default":
             raise CheckpointError(

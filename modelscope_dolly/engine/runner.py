@@ -67,20 +67,35 @@ class Runner:
     def __init__(self, net: GPTNeoX, device: torch.device, timer: StepTimer, capture: StepCapture | None = None):
         self.net, self.device, self.timer, self.capture = net, device, timer, capture
         self.cache = net.new_cache()
+        self._beside: list[tuple[KVCache, int]] = []
+
+    def add_cache(self, cache: KVCache, place_bytes: int) -> None:
+        """Count the cache of another network, which is to have the slots and places of this one, and give it back too.
+
+        Args:
+            cache: resized by whoever uses it, when it is first needed.
+            place_bytes: GPTNeoX.cache_bytes of that network.
+        """
+        self._beside.append((cache, place_bytes))
 
     def fits(self, slots: int, length: int) -> bool:
-        """Whether there is memory for a cache of that size."""
+        """Whether there is memory for a cache of that size, and for those beside it."""
         return self._has_memory(*self._size(slots, length))
 
     def capacity(self, length: int) -> int:
         """How many slots of such a length there is memory for, the present cache given back."""
-        held = self.cache.slots * self.cache.length * self.net.cache_bytes
-        each = self._size(1, length)[1] * self.net.cache_bytes
+        caches = self._caches()
+        held = sum(cache.slots * cache.length * place for cache, place in caches)
+        each = self._size(1, length)[1] * sum(place for _, place in caches)
         return int(CACHE_SHARE * (free_memory(self.device) + held) / max(1, each))
 
     def _has_memory(self, slots: int, length: int) -> bool:
-        places = slots * length - self.cache.slots * self.cache.length
-        return places <= 0 or places * self.net.cache_bytes <= CACHE_SHARE * free_memory(self.device)
+        grown = sum(max(0, slots * length - cache.slots * cache.length) * place for cache, place in self._caches())
+        return grown == 0 or grown <= CACHE_SHARE * free_memory(self.device)
+
+    def _caches(self) -> list[tuple[KVCache, int]]:
+        """All caches, each with its bytes for a place of a slot."""
+        return [(self.cache, self.net.cache_bytes), *self._beside]
 
     def reserve(self, used: int, slots: int, length: int) -> None:
         """Make the cache at least that large; the first `used` slots keep what they hold."""
@@ -97,7 +112,8 @@ class Runner:
 
     def reset(self) -> None:
         """After an error: numbers that are not finite may be in the cache."""
-        self.cache.resize(0, 0)
+        for cache, _ in self._caches():
+            cache.resize(0, 0)
 
     def run(self, batch: Batch) -> tuple[list[Iterator[int]], int]:
         """Take the step. For each part its next ids, which are drawn as they are asked for; and the number of steps.

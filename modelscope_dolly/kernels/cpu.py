@@ -24,6 +24,8 @@ GROUP = 128
 #: Sums of products of two 8-bit numbers fit 32 bits up to here.
 LARGEST_K = 1 << 16
 _FLOATS = (torch.float32, torch.bfloat16)
+#: Of the functions called here; see the end of csrc/linear.c.
+_INTERFACE = 2
 _LEVELS = ("none", "AVX2", "AVX-512 VNNI")
 
 
@@ -34,9 +36,9 @@ def _library() -> ctypes.CDLL | None:
             # After torch: its OpenMP runtime is in the process, and ours resolves to the same one.
             library = ctypes.CDLL(str(path))
             library.dolly_level.restype = ctypes.c_int
-            if library.dolly_level() > 0:
+            if library.dolly_interface() == _INTERFACE and library.dolly_level() > 0:
                 number, place = ctypes.c_int64, ctypes.c_void_p
-                library.dolly_linear.argtypes = [*[ctypes.c_int] * 4, *[number] * 3, *[place] * 5, ctypes.c_int]
+                library.dolly_linear.argtypes = [*[ctypes.c_int] * 5, *[number] * 3, *[place] * 5, ctypes.c_int]
                 library.dolly_attend.argtypes = [*[ctypes.c_int] * 3, *[number] * 6, *[place] * 8, ctypes.c_int]
                 library.dolly_quantise.argtypes = [
                     *[ctypes.c_int] * 2, *[number] * 2, place, number, *[place] * 2, ctypes.c_int
@@ -58,13 +60,17 @@ def describe() -> str:
     return f"own kernels ({_LEVELS[level()]})" if level() else "torch (no compiled kernels for this machine)"
 
 
-def pack(words: torch.Tensor) -> torch.Tensor:
-    """Rows of 32-bit words [N, W], one row per output -> [N/16, W, 16], N padded with zeros."""
+def pack(words: torch.Tensor, padding: int = 0) -> torch.Tensor:
+    """Rows of 32-bit words [N, W], one row per output -> [N/16, W, 16], N padded with rows of `padding`."""
     rows, width = words.shape
-    padded = torch.zeros(-(-rows // 16) * 16, width, dtype=torch.int32) if rows % 16 else words
     if rows % 16:
-        padded[:rows] = words
-    return padded.view(-1, 16, width).transpose(1, 2).contiguous()
+        words = torch.cat((words, words.new_full((-rows % 16, width), padding)))
+    return words.reshape(-1, 16, width).transpose(1, 2).contiguous()
+
+
+def unpack(packed: torch.Tensor, rows: int) -> torch.Tensor:
+    """What `pack` has been given: [N/16, W, 16] -> [N, W]."""
+    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:rows]
 
 
 def linear(
@@ -76,6 +82,7 @@ def linear(
     outputs: int,
     activation: str | None = None,
     at_level: int | None = None,
+    row_bytes: int = 2,
 ) -> torch.Tensor:
     """x [M, K] @ weights.T + bias -> [M, outputs], in the number type of x.
 
@@ -88,13 +95,14 @@ def linear(
         outputs: N.
         activation: None, or "gelu": the exact GELU of the sum, before it is rounded to the number type of x.
         at_level: an instruction set below the best one, for tests.
+        row_bytes: of a value of x when its row is quantised for INT8 and INT4, 1 or 2.
     """
     rows, inputs = x.shape
     _fits(kind, x, inputs, outputs, weights, scales, bias)
     x = x.contiguous()
     out = torch.empty(rows, outputs, dtype=x.dtype)
     failed = _library().dolly_linear(
-        min(level(), at_level or level()), kind, x.dtype == torch.bfloat16,
+        min(level(), at_level or level()), kind, row_bytes, x.dtype == torch.bfloat16,
         ACTIVATIONS.index(activation), rows, outputs, inputs,
         x.data_ptr(), weights.data_ptr(), scales.data_ptr() if scales is not None else None,
         bias.data_ptr() if bias is not None else None, out.data_ptr(), torch.get_num_threads(),

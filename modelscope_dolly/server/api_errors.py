@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from modelscope_dolly.errors import DollyError, HardwareError, PromptError
+from modelscope_dolly.errors import DollyError, HardwareError
 
 
 class ApiError(Exception):
@@ -61,11 +61,11 @@ def wrong(param: str | None, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, message, param, code)
 
 
-def of_engine(error: DollyError) -> ApiError:
-    """What the engine or the settings say: the caller's mistake, or the device's."""
+def of_engine(error: DollyError, code: str | None = None) -> ApiError:
+    """What the engine or the settings say: the caller's mistake, with a code of it, or the device's."""
     if isinstance(error, HardwareError):
         return ApiError(500, str(error), code="device_error")
-    return wrong(None, str(error), "context_length_exceeded" if isinstance(error, PromptError) else None)
+    return wrong(None, str(error), code)
 
 
 def to_json(value: Any) -> bytes:

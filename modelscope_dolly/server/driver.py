@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
+from modelscope_dolly.answer_requests import ChoiceRequests, TextRequests, Update
 from modelscope_dolly.engine.engine import Call
 from modelscope_dolly.errors import DollyError, one_line
-from modelscope_dolly.generation import TextGenerator, TextRequests, Update
+from modelscope_dolly.generation import TextGenerator
 from modelscope_dolly.load import Dolly
 from modelscope_dolly.server.api_errors import ApiError, of_engine, wrong
 from modelscope_dolly.server.limits import Admission
@@ -91,7 +92,7 @@ class Driver:
                 event.set()
 
     @contextlib.asynccontextmanager
-    async def open(self, asked: TextRequests, slots: int) -> AsyncIterator[tuple[Call, asyncio.Event]]:
+    async def open(self, asked: TextRequests | ChoiceRequests, slots: int) -> AsyncIterator[tuple[Call, asyncio.Event]]:
         """Submit requests; the event is set when the call has something to take. Leaving cancels what goes on."""
         assert self.dolly is not None
         try:
@@ -122,7 +123,12 @@ class Answers:
     """
 
     def __init__(
-        self, driver: Driver, asked: TextRequests, admission: Admission, metrics: Metrics, first_seconds: float
+        self,
+        driver: Driver,
+        asked: TextRequests | ChoiceRequests,
+        admission: Admission,
+        metrics: Metrics,
+        first_seconds: float,
     ):
         self._driver, self._asked, self._admission, self._metrics = driver, asked, admission, metrics
         self._first_seconds = first_seconds
@@ -175,7 +181,7 @@ class Answers:
         for token in call.take():
             self._timed(token.index, now)
             if update := self._asked.update(token):
-                newest[token.index] = update
+                newest[update.index] = update
             if token.finish_reason:
                 self._left -= 1
                 self._admission.leave(1, now - self._begun)

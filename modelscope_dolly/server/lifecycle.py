@@ -63,7 +63,7 @@ def serve(settings: ServerSettings, load: Loader, slots: int | None, model: str)
         say(f"ready on {address}")
 
     service = Service(settings, loaded, ready)
-    server = _Server(_config(settings, service))
+    server = _Server(server_config(settings, service))
     with listener:
         asyncio.run(server.serve([listener]))
     if failed and isinstance(failed[0], DollyError):
@@ -76,7 +76,8 @@ def serve(settings: ServerSettings, load: Loader, slots: int | None, model: str)
     return 0
 
 
-def _config(settings: ServerSettings, service: Service) -> uvicorn.Config:
+def server_config(settings: ServerSettings, service: Service) -> uvicorn.Config:
+    """For uvicorn: one process, no log and no limit of its own beside those of the service."""
     return uvicorn.Config(
         create_app(service),
         http=connection_class(settings.arrival_seconds),

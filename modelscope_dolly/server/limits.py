@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ class RateLimit:
         if len(self._left) > _CALLERS:
             self._left.popitem(last=False)
         if left < 1:
-            wait = max(1, round((1 - left) * each + 0.5))
+            wait = math.ceil((1 - left) * each)
             message = f"more than {self._per_minute} requests a minute; try again in {wait} s"
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)
 

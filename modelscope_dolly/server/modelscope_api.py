@@ -13,7 +13,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from modelscope_dolly import TASK
-from modelscope_dolly.generation import GenerationSettings, Prompt, parse_input
+from modelscope_dolly.generation import Prompt, parse_input
+from modelscope_dolly.generation_settings import GenerationSettings
 from modelscope_dolly.server.api_errors import wrong
 from modelscope_dolly.server.request_fields import Fields, required
 from modelscope_dolly.server.service import Service, json_response

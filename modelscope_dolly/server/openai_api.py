@@ -11,8 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from modelscope_dolly.answer_requests import Update
 from modelscope_dolly.errors import shown
-from modelscope_dolly.generation import TextGenerator, Update, parse_input
+from modelscope_dolly.generation import TextGenerator, parse_input
 from modelscope_dolly.server.api_errors import ApiError, wrong
 from modelscope_dolly.server.driver import Answers
 from modelscope_dolly.server.openai_requests import (
@@ -104,9 +105,6 @@ async def _stream(
 async def _scores(service: Service, request: Request, asked: CompletionRequest) -> list[list]:
     """For each prompt the log-probabilities of its tokens; None for the first, which nothing precedes."""
     generator, admission = service.generator, service.admission
-    score = getattr(generator, "score", None)
-    if score is None:
-        raise wrong("echo", "echo with logprobs is not supported by this version", "unsupported")
     assert admission is not None
     room = generator.engine.window - (1 if asked.settings else 0)
     if too_long := [ids for ids in asked.prompts if not 0 < len(ids) <= room]:
@@ -115,14 +113,14 @@ async def _scores(service: Service, request: Request, asked: CompletionRequest) 
     admission.enter(len(asked.prompts))
     try:
         # it waits for the engine, as any caller of another thread does
-        work = [partial(_score, score, ids, asked.logprobs) for ids in asked.prompts]
+        work = [partial(_score, generator, ids, asked.logprobs) for ids in asked.prompts]
         return [await asyncio.get_running_loop().run_in_executor(None, one) for one in work]
     finally:
         admission.leave(len(asked.prompts))
 
 
-def _score(score: Any, ids: list[int], top: int) -> list:
-    return [(ids[0], None, ()), *(score(ids, 1, top=top) if len(ids) > 1 else ())]
+def _score(generator: TextGenerator, ids: list[int], top: int) -> list:
+    return [(ids[0], None, ()), *(generator.score(ids, 1, top) if len(ids) > 1 else ())]
 
 
 def _only_prompts(request: Request, header: Header, format: CompletionFormat, asked: CompletionRequest) -> Response:

@@ -6,13 +6,13 @@ as OpenAI's own server does (vLLM ignores them): a misspelt limit that is silent
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modelscope_dolly.errors import DollyError, is_whole, shown
-from modelscope_dolly.generation import GenerationSettings, Prompt, TextGenerator, parse_input
+from modelscope_dolly.generation import Prompt, TextGenerator, parse_input
+from modelscope_dolly.generation_settings import MOST_LOGPROBS, SEEDS, GenerationSettings
 from modelscope_dolly.prompt import check_text
 from modelscope_dolly.server.api_errors import of_engine, wrong
 from modelscope_dolly.server.request_fields import Fields, model_named, required
@@ -21,11 +21,8 @@ from modelscope_dolly.server.request_fields import Fields, model_named, required
 MOST_ANSWERS = 128
 #: Stop strings of a request, and characters of each: they are searched for in every token's text.
 MOST_STOPS, LONGEST_STOP = 16, 256
-#: Likeliest tokens that a request may ask for in each place.
-MOST_LOGPROBS = 20
 #: New tokens of a completion that does not say; of a chat, it is the pipeline's default.
 COMPLETION_TOKENS = 16
-_SEEDS = 2**32
 
 #: Of OpenAI's fields: those that do not change an answer.
 _IGNORED = (
@@ -228,7 +225,7 @@ def _settings(fields: Fields, keywords: dict[str, Any]) -> GenerationSettings:
         raise wrong("n", f"n is {count}, but with temperature 0 all answers are the same: ask for one")
     keywords["num_return_sequences"] = count
     if (seed := fields.whole("seed", None, -(2**63), 2**63 - 1)) is not None:
-        keywords["seed"] = seed % _SEEDS
+        keywords["seed"] = seed % SEEDS
     if (top_k := fields.whole("top_k", None, -1, 2**31 - 1)) is not None:
         keywords["top_k"] = max(0, top_k)
     for name in ("top_p", "repetition_penalty", "on_overflow"):
@@ -244,10 +241,6 @@ def _settings(fields: Fields, keywords: dict[str, Any]) -> GenerationSettings:
     fields.ignore(_IGNORED)
     fields.refuse(_REFUSED)
     fields.end()
-    known = {field.name for field in dataclasses.fields(GenerationSettings)}
-    for name in keywords:
-        if name not in known:
-            raise wrong(name, f"{name} is not supported by this version", "unsupported")
     try:
         return GenerationSettings().updated(keywords)
     except DollyError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelscope_dolly.generation import Update
+from modelscope_dolly.answer_requests import Update
 from modelscope_dolly.prompt import DollyTokenizer
 
 
@@ -64,14 +64,15 @@ class ChatFormat:
         return {
             "index": update.index,
             "message": message,
-            "logprobs": self._content(getattr(update, "logprobs", None)),
+            "logprobs": self._content(update.logprobs),
             "finish_reason": update.finish_reason,
+            **_chosen(update),
         }
 
     def begin(self, index: int) -> dict[str, Any] | None:
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str, logprobs: Sequence | None) -> dict[str, Any]:
+    def piece(self, index: int, text: str, logprobs: Sequence | None, offset: int) -> dict[str, Any]:
         return self._chunk(index, {"content": text}, self._content(logprobs))
 
     def end(self, index: int, finish_reason: str) -> dict[str, Any]:
@@ -119,16 +120,17 @@ class CompletionFormat:
     def choice(self, update: Update) -> dict[str, Any]:
         prompt = update.index // self._answers
         before = self._scores[prompt] if self._scores else ()
-        logprobs = self._table([*before, *(getattr(update, "logprobs", None) or ())]) if self._logprobs else None
+        logprobs = self._table([*before, *(update.logprobs or ())]) if self._logprobs else None
         text = self._heads[prompt] + update.text
-        return self._choice(update.index, text, logprobs, update.finish_reason)
+        return {**self._choice(update.index, text, logprobs, update.finish_reason), **_chosen(update)}
 
     def begin(self, index: int) -> dict[str, Any] | None:
         head = self._heads[index // self._answers]
         return self._choice(index, head, None, None) if head else None
 
-    def piece(self, index: int, text: str, logprobs: Sequence | None) -> dict[str, Any]:
-        table = self._table(logprobs) if self._logprobs and logprobs is not None else None
+    def piece(self, index: int, text: str, logprobs: Sequence | None, offset: int) -> dict[str, Any]:
+        offset += len(self._heads[index // self._answers])
+        table = self._table(logprobs, offset) if self._logprobs and logprobs is not None else None
         return self._choice(index, text, table, None)
 
     def end(self, index: int, finish_reason: str) -> dict[str, Any]:
@@ -137,19 +139,29 @@ class CompletionFormat:
     def _choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _table(self, logprobs: Sequence) -> dict[str, list]:
-        """Column by column. The first token of a text has no probability; it stands as (id, None, ())."""
+    def _table(self, logprobs: Sequence, offset: int = 0) -> dict[str, list]:
+        """Column by column. The first token of a text has no probability; it stands as (id, None, ()).
+
+        Args:
+            logprobs: of tokens that stand one behind the other.
+            offset: of the first one in its text.
+        """
         table: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        offset = 0
+        written = b""
         for id, logprob, top in logprobs:
             name = token_name(self._tokenizer, id)
             likely = {token_name(self._tokenizer, other): value for other, value in top}
             table["tokens"].append(name)
             table["token_logprobs"].append(logprob)
             table["top_logprobs"].append(None if logprob is None else {name: logprob, **likely})
-            table["text_offset"].append(offset)
-            offset += len(name)
+            table["text_offset"].append(offset + len(written.decode("utf-8", "replace")))
+            written += self._tokenizer.token_bytes(id)
         return table
+
+
+def _chosen(update: Update) -> dict[str, Any]:
+    """What an answer was chosen from, a field of our own, where the request has `choices`."""
+    return {} if update.choices is None else {"choices": [choice._asdict() for choice in update.choices]}
 
 
 class Pieces:
@@ -164,10 +176,10 @@ class Pieces:
         index, shown = update.index, self._texts.get(update.index)
         if shown is None and (begin := self._format.begin(index)):
             yield begin
-        logprobs = getattr(update, "logprobs", None)
+        logprobs = update.logprobs
         new = logprobs[self._logprobs.get(index, 0) :] if logprobs is not None else None
         if len(update.text) > (shown or 0) or new:
-            yield self._format.piece(index, update.text[shown or 0 :], new)
+            yield self._format.piece(index, update.text[shown or 0 :], new, shown or 0)
         self._texts[index] = len(update.text)
         self._logprobs[index] = len(logprobs or ())
         if update.finish_reason:

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from modelscope_dolly.errors import DollyError
-from modelscope_dolly.generation import GenerationSettings, Prompt, TextGenerator, TextRequests
+from modelscope_dolly.engine.sequence import Request as EngineRequest
+from modelscope_dolly.errors import DollyError, PromptError
+from modelscope_dolly.generation import Prompt, TextGenerator
+from modelscope_dolly.generation_settings import GenerationSettings
 from modelscope_dolly.load import Dolly
 from modelscope_dolly.server.api_errors import ApiError, of_engine, to_json
 from modelscope_dolly.server.driver import Answers, Driver, Loader, generator_of
@@ -25,6 +27,7 @@ from modelscope_dolly.server.server_settings import ServerSettings
 T = TypeVar("T")
 #: Bytes of a body whose tokens take milliseconds; longer ones are prepared beside the event loop.
 _SMALL = 1 << 15
+_TOO_LONG = "context_length_exceeded"
 
 
 @dataclass
@@ -47,7 +50,9 @@ class Record:
     body_bytes: int = 0
 
     def ended(self, reason: str | ApiError) -> None:
-        self.outcome = outcome_of(reason) if isinstance(reason, ApiError) else reason
+        """The first reason counts: a connection that is dropped for one is then also disconnected."""
+        if self.outcome == "ok":
+            self.outcome = outcome_of(reason) if isinstance(reason, ApiError) else reason
 
 
 def outcome_of(error: ApiError) -> str:
@@ -97,16 +102,20 @@ class Service:
         record_of(request).body_bytes = size
         return body
 
-    async def prepared(self, request: Request, function: Callable[[], T]) -> T:
+    async def prepared(
+        self, request: Request, function: Callable[[], T], slow: bool = False, code: str | None = None
+    ) -> T:
         """The result of work over the body's text; in a thread where it would keep other requests waiting.
 
         Raises:
-            ApiError: where it raises a DollyError.
+            ApiError: where it raises a DollyError; with the code for a PromptError.
         """
         try:
-            if record_of(request).body_bytes <= _SMALL:
+            if not slow and record_of(request).body_bytes <= _SMALL:
                 return function()
             return await asyncio.get_running_loop().run_in_executor(None, function)
+        except PromptError as error:
+            raise of_engine(error, code) from None
         except DollyError as error:
             raise of_engine(error) from None
 
@@ -116,16 +125,17 @@ class Service:
         """Raises ApiError for a prompt that does not fit."""
         generator, admission = self.generator, self.admission
         assert admission is not None
-        asked = await self.prepared(request, lambda: generator.requests(prompts, settings))
+        slow = settings.regex is not None or settings.json_schema is not None  # an automaton is built
+        asked = await self.prepared(request, lambda: generator.requests(prompts, settings), slow, _TOO_LONG)
         record = record_of(request)
-        record.prompt_tokens = prompt_tokens(asked, settings)
+        record.prompt_tokens = prompt_tokens(asked.requests)
         record.answers = Answers(self.driver, asked, admission, self.metrics, self.settings.first_seconds)
         return record.answers
 
 
-def prompt_tokens(asked: TextRequests, settings: GenerationSettings) -> int:
-    """Of all prompts, each counted once."""
-    return sum(len(request.ids) for request in asked.requests[:: settings.num_return_sequences])
+def prompt_tokens(asked: Sequence[EngineRequest]) -> int:
+    """Of all prompts, each counted once: requests that share one hold the same list."""
+    return sum(len(ids) for ids in {id(one.ids): one.ids for one in asked}.values())
 
 
 def record_of(request: Request) -> Record:

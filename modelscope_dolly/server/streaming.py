@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from modelscope_dolly.generation import Update
+from modelscope_dolly.answer_requests import Update
 from modelscope_dolly.server.api_errors import ApiError, ClientGone, to_json
 from modelscope_dolly.server.connection import ABORT
 

@@ -25,6 +25,7 @@ from modelscope_dolly.benchmark import (
     prompt_lookup_speed,
     quantization_quality,
     repeats,
+    server_speed,
     synthetic_weights,
     worker,
 )
@@ -383,11 +384,25 @@ def test_quality_compares_with_what_transformers_predicts(checkpoint_dir):
     assert "built-in sample is small" in format_report({"quality": found})
 
 
+def test_quality_under_outliers(checkpoint_dir):
+    """The copy computes the same, but for rounding; 8-bit activations lose far more by it than those of 16."""
+    formats = ("int8", "int8-dynamic") if kernels.level() else ("int8",)
+    asked = BenchSettings(model=str(checkpoint_dir), quality=True, outliers=30.0, quantize=formats, dtypes=("fp32",))
+    found = run_benchmark(asked)["quality"]
+    rows = {(row["format"], row["outliers"]): row for row in found["rows"]}
+    assert list(rows) == [(name, factor) for factor in (None, 30.0) for name in ("fp32", *formats)]
+    assert rows["fp32", 30.0]["perplexity"] == pytest.approx(rows["fp32", None]["perplexity"], rel=1e-3)
+    lines = [line.split() for line in format_report({"quality": found}).splitlines()]
+    assert [line[:2] for line in lines if line and line[0] == "fp32"] == [["fp32", "-"], ["fp32", "30"]]
+    if kernels.level():
+        assert rows["int8-dynamic", 30.0]["kl_mean"] > 5 * rows["int8", 30.0]["kl_mean"]
+
+
 def test_start_is_told_by_phase(kept):
     found = run_benchmark(settings(kept, cold=True, repeats=1))["cold"]["rows"]
-    assert [row["files_from"] for row in found] == ["memory", "disk"]
+    assert [row["files_from"] for row in found] == ["memory, compared before", "memory", "disk"]
     for row in found:
-        assert set(row["phases"]) == {"import", "check", "read_and_place", "rest_of_load", "first_step"}
+        assert set(row["phases"]) == {"import", "check", "read_and_place", "compare", "rest_of_load", "first_step"}
         total = sum(phase["median"] for phase in row["phases"].values())
         assert row["total"]["median"] == pytest.approx(total) and min(p["median"] for p in row["phases"].values()) >= 0
 
@@ -466,3 +481,34 @@ def test_memory_of_every_format_of_every_peer_is_known(engine, name, monkeypatch
     monkeypatch.setattr(peer_choice, "free_memory", lambda: 10**9)
     with pytest.raises(DollyError, match=f"the weights need .* GB in {name}, 1.00 GB are free"):
         peer_choice.check_memory(run, Variant(engine, name, name))
+
+
+def test_callers_are_compared_with_a_list_of_them(kept):
+    found = json.loads(json.dumps(run_benchmark(settings(kept, callers=(1, 3), peers=()))))
+    rows = found["callers"]["rows"]
+    assert [row["callers"] for row in rows] == [1, 3]
+    for row in rows:
+        shares = [a / b for a, b in zip(row["list_s"]["values"], row["threads_s"]["values"], strict=True)]
+        assert min(shares) <= row["share"] <= max(shares)
+        assert row["list_tokens_per_s"] == pytest.approx(6 * row["callers"] / row["list_s"]["median"])
+    [pause] = found["callers"]["pauses"]
+    assert 0 < pause["step_s"]["median"] <= pause["longest_s"]["median"]
+    assert "beside somebody else's prompt of 2,000 tokens" in format_report(found)
+
+
+def test_a_server_is_compared_with_the_engine_and_missing_peers_say_why(kept):
+    found = json.loads(json.dumps(run_benchmark(settings(kept, serve=(1, 3), peers=("llamacpp",), repeats=1))))
+    rows = {(row["engine"], row["clients"]): row for row in found["serve"]["rows"]}
+    assert set(rows) == {(name, count) for name in ("dolly engine", "dolly server") for count in (1, 3)}
+    for (_, count), row in rows.items():
+        assert row["tokens_per_s"] == pytest.approx(6 * row["requests_per_s"])  # all answers have their length
+        assert 0 < row["first_p50_s"] <= row["first_p95_s"] and 0 < row["between_p50_s"] <= row["between_p95_s"]
+        assert row["share"] == row["tokens_per_s"] / rows["dolly engine", count]["tokens_per_s"]
+    assert "llama-server and --gguf" in found["serve"]["missing"]["llamacpp"]
+    assert "llama.cpp: give --peer-python" in format_report(found)
+
+
+def test_a_server_that_does_not_start_says_why(kept, monkeypatch):
+    monkeypatch.setattr(server_speed, "_our_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no')"])
+    with pytest.raises(DollyError, match="does not serve: no"):
+        run_benchmark(settings(kept, serve=(1,), peers=(), repeats=1))

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from modelscope_dolly.cli.main import main
 from modelscope_dolly.errors import CheckpointError, HardwareError, SettingError
 from modelscope_dolly.generation import GenerationSettings, Prompt
 from modelscope_dolly.kernels import cpu as kernels
+from modelscope_dolly.kernels import quantized_linear
 from modelscope_dolly.kernels.quantized_linear import BF16Linear, Int4Linear, Int8Linear
 from modelscope_dolly.load import load, load_network
 from tests.support.layouts import edit_json
@@ -116,15 +118,15 @@ def test_tied_embeddings_have_a_quantised_head(tokenizer, tmp_path):
     assert_same(state(there), state(made))
 
 
-def _lowest(tensor: torch.Tensor) -> None:
-    tensor[0, 0] = -128
+def _lowest(packed: torch.Tensor) -> None:
+    packed.view(torch.uint8)[0, 0, 0] = 0  # with its offset of 128
 
 
 def _not_finite(tensor: torch.Tensor) -> None:
     tensor[0] = float("nan")
 
 
-INT8_NAME = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight_int8"
+INT8_NAME = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight_packed"
 SCALE_NAME = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight_scale"
 
 
@@ -146,9 +148,9 @@ def damaged(checkpoint_dir, tmp_path):
 
 DAMAGES = {
     "missing scale": (lambda t: t.pop(SCALE_NAME), "weight_scale .* is in no weight file"),
-    "missing numbers": (lambda t: t.pop(INT8_NAME), "weight_int8 .* is in no weight file"),
+    "missing numbers": (lambda t: t.pop(INT8_NAME), "weight_packed .* is in no weight file"),
     "short": (lambda t: t.update({INT8_NAME: t[INT8_NAME][:-1].clone()}), "has shape .* config.json says"),
-    "float numbers": (lambda t: t.update({INT8_NAME: t[INT8_NAME].half()}), "has type F16, expected I8"),
+    "float numbers": (lambda t: t.update({INT8_NAME: t[INT8_NAME].half()}), "has type F16, expected I32"),
     "whole scale": (lambda t: t.update({SCALE_NAME: t[SCALE_NAME].int()}), "has type I32, expected F32 or F16"),
     "lowest number": (lambda t: _lowest(t[INT8_NAME]), "-128"),
 }
@@ -162,6 +164,58 @@ def test_damages_are_one_line_in_load_and_in_check(damaged, damage):
         load(target, device="cpu", dtype="fp32")
     assert "\n" not in str(caught.value)
     assert any(finding.status == "problem" for finding in check_directory(target))
+
+
+@pytest.mark.parametrize("outputs", [32, 40])
+@pytest.mark.parametrize("inputs", [128, 130, 200])
+def test_what_is_packed_is_unpacked(method, outputs, inputs):
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    [packed, scales] = quantized_linear.stored_tensors("w", weight, method).values()
+    [rows, same] = quantized_linear.stored_tensors("w", weight, method, quantized_linear.ROWS).values()
+    assert torch.equal(scales, same) and quantized_linear.packed_problem(packed, method) is None
+    shape = quantized_linear.stored_shapes({"w": (outputs, inputs)}, method)["w_packed"]
+    assert packed.shape == shape and packed.is_contiguous()
+    from_words, from_rows = (CLASSES[method](inputs, outputs) for _ in range(2))
+    from_words.take("weight_packed", packed), from_rows.take(f"weight_{method}", rows)
+    assert torch.equal(from_words.weight, from_rows.weight)
+
+
+def test_the_layout_of_rows_is_still_read(checkpoint_dir, quantised_dir, method, tmp_path):
+    """Version 1, as it was written before weights were stored packed: the same network, bit for bit."""
+    target = shutil.copytree(quantised_dir, tmp_path / "x", ignore=shutil.ignore_patterns("manifest.json"))
+    tensors = {}
+    for name, tensor in load_file(checkpoint_dir / "model.safetensors").items():
+        linear = quantized_linear.is_linear(name, tensor.shape)
+        tensors |= (
+            quantized_linear.stored_tensors(name, tensor, method, quantized_linear.ROWS) if linear else {name: tensor}
+        )
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    edit_json(target / "config.json", quantization_config={"quant_method": f"dolly-{method}", "version": 1})
+    old, new = (load(directory, device="cpu", dtype="fp32") for directory in (target, quantised_dir))
+    assert_same(state(old), state(new))
+    assert {finding.status for finding in check_directory(target)} == {"ok"}
+
+
+@needs_library
+def test_packed_weights_stay_in_the_file_and_outlive_its_name(quantised_dir, tmp_path):
+    target = shutil.copytree(quantised_dir, tmp_path / "x")
+    mapped, copied = (load(target, device="cpu", dtype="fp32", verify=how) for how in (True, "always"))
+    places = [_mapped_file(model.net.embed_out.weight) for model in (mapped, copied)]
+    assert [str(target / "model.safetensors") == place for place in places] == [True, False]
+    expected = answer(mapped)
+    replacement = tmp_path / "other"
+    replacement.write_bytes(bytes((target / "model.safetensors").stat().st_size))
+    replacement.rename(target / "model.safetensors")  # as every writer of ours replaces a file
+    assert answer(mapped) == answer(copied) == expected
+
+
+def _mapped_file(tensor: torch.Tensor) -> str:
+    """The file at the address of a tensor, or nothing."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return line[73:].strip()
+    raise AssertionError("no mapping holds it")
 
 
 def test_scales_that_are_not_finite_are_found(damaged):

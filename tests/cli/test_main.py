@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -152,7 +153,7 @@ def test_help_and_version_need_no_model_and_no_torch():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *DOLLY[1:], "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("ask", "chat", "plan", "check", "quantize", "export", "bench", "eval"):
+    for command in ("ask", "chat", "batch", "plan", "check", "quantize", "export", "bench", "eval"):
         assert command in done.stdout
     assert " torch" not in done.stderr
     assert dolly("--version").stdout.startswith("modelscope-dolly ")
@@ -173,3 +174,38 @@ def test_help_names_the_defaults_of_the_settings(capsys):
         [field] = [field for field in dataclasses.fields(GenerationSettings) if field.name == name]
         described = text.split(f"--{name.replace('_', '-')} {name.upper()} ")[1].split(" --")[0]
         assert f"(default: {field.default:g}" in described
+
+
+def test_score_prints_a_line_for_each_answer_and_the_perplexity_of_all(checkpoint_dir, tmp_path, capsys):
+    records = tmp_path / "in.jsonl"
+    rows = [
+        {"instruction": "Name a colour.", "response": "Red."},
+        {"text": "Who?", "context": "Pepys.", "response": "P"},
+    ]
+    records.write_text("\n\n".join(map(json.dumps, rows)) + "\n", "utf-8")
+    command = ["score", str(records), "--model", str(checkpoint_dir), "--device", "cpu"]
+    assert main(command) == 0
+    out, error = capsys.readouterr()
+    scores = [json.loads(line) for line in out.splitlines()]
+    assert [score["record"] for score in scores] == [1, 2] and all(score["logprob"] < 0 for score in scores)
+    assert all(score["perplexity"] == math.exp(-score["logprob"] / score["tokens"]) for score in scores)
+    mean = sum(score["logprob"] for score in scores) / sum(score["tokens"] for score in scores)
+    assert error.splitlines()[-1].endswith(f"perplexity {math.exp(-mean):.4f}")
+    target = tmp_path / "out.jsonl"
+    assert main([*command[:2], str(target), *command[2:], "--end"]) == 0
+    ended = [json.loads(line) for line in target.read_text("utf-8").splitlines()]
+    assert all(one["tokens"] > other["tokens"] for one, other in zip(ended, scores, strict=True))
+    assert main([*command[:2], str(target), *command[2:]]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [("{", "not JSON"), ('{"instruction": "a"}', "response must be"), ('{"response": "a"}', "'instruction'")],
+)
+def test_a_record_that_cannot_be_scored_is_named_with_its_line(line, problem, tmp_path, capsys):
+    records = tmp_path / "in.jsonl"
+    records.write_text('{"instruction": "a", "response": "b"}\n' + line, "utf-8")
+    assert main(["score", str(records), "--model", "/nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert f"{records}:2: " in error and problem in error and error.count("\n") == 1

@@ -16,13 +16,15 @@ from tests.fuzz.cases import run_cases
 from tests.fuzz.directories import tiny_checkpoint
 from tests.fuzz.strange import a_value
 
-LOADING = ("device", "dtype", "torch_dtype", "device_map", "verify", "quantize", "threads", "draft")
+LOADING = ("device", "dtype", "torch_dtype", "device_map", "verify", "quantize", "threads", "draft", "adapter", "slots")
 SETTINGS = tuple(GenerationSettings.__dataclass_fields__)
 #: One that is meant.
 GOOD = {
     "device": ("cpu", "gpu", None), "dtype": ("fp32", "bf16", None), "torch_dtype": (None, "float32"),
-    "device_map": (None,), "verify": (True, False), "quantize": (None, "int8", "int4"), "threads": (1, None),
-    "draft": (None,), "max_new_tokens": (1, 3), "do_sample": (True, False), "temperature": (0.5, 2), "top_k": (0, 5),
+    "device_map": (None,), "verify": (True, False), "quantize": (None, "int8", "int8-dynamic", "int4"),
+    "threads": (1, None),
+    "draft": (None,), "adapter": (None,), "slots": (None, 3), "max_new_tokens": (1, 3),
+    "do_sample": (True, False), "temperature": (0.5, 2), "top_k": (0, 5),
     "top_p": (0.5, 1.0), "repetition_penalty": (1.0, 1.3), "num_return_sequences": (1, 2), "seed": (None, 7),
     "stop": ((), "a", ["b"]), "return_full_text": (True, False), "on_overflow": ("error", "truncate_context"),
     "prompt_lookup": (True, False, "auto"), "logprobs": (None, 0, 5), "min_p": (0.0, 0.1),

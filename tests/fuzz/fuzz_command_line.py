@@ -46,7 +46,8 @@ PATHS = (
 )  # fmt: skip
 #: Options and what they take.
 VALUES = {
-    "--model": PATHS, "--draft": PATHS, "--context": ("file", "loop", "x" * 300, "/dev/full", "-", "."),
+    "--model": PATHS, "--draft": PATHS, "--adapter": PATHS,
+    "--context": ("file", "loop", "x" * 300, "/dev/full", "-", "."),
     "--device": NAMES, "--dtype": NAMES, "--quantize": NAMES, "--threads": ("1", "20000", "40000", *NUMBERS),
     "--max-new-tokens": NUMBERS, "--temperature": NUMBERS, "--top-p": NUMBERS, "--top-k": NUMBERS,
     "--repetition-penalty": NUMBERS, "--stop": NAMES, "--seed": NUMBERS, "--on-overflow": NAMES,
@@ -58,8 +59,9 @@ VALUES = {
 FLAGS = ("--json", "--greedy", "--verbose", "--write-manifest", "--published", "--cold", "--quality", "--lookup", "--x")
 SHARED = ("--json", "--verbose")
 GENERATION = (
-    "--device", "--dtype", "--quantize", "--threads", "--draft", "--max-new-tokens", "--temperature", "--top-p",
-    "--top-k", "--repetition-penalty", "--stop", "--seed", "--on-overflow", "--prompt-lookup", "--greedy", *SHARED,
+    "--device", "--dtype", "--quantize", "--threads", "--draft", "--adapter", "--max-new-tokens", "--temperature",
+    "--top-p", "--top-k", "--repetition-penalty", "--stop", "--seed", "--on-overflow", "--prompt-lookup", "--greedy",
+    *SHARED,
 )  # fmt: skip
 #: Command -> (numbers of positional arguments, options it knows).
 COMMANDS = {

@@ -46,10 +46,11 @@ WORDS = [
     ".nan", "1_000", "+5", ".5", "[" * 3000, "{a: " * 500, "? ", "<<: {}", "|", ">", "%YAML 9.9", "---", "...", "\t",
     "\n", "\r", "\0", "\x85", "\u2028", "\ud800", "\udcff", "\ufeff", "\U0001f600", "é", "null", "~", "true", "no",
     "''", '"', "'", "#", ": ", "- ", ", ", "]", "}", "/dev/null", "/dev/full", "/proc/self/mem", "..", "/", "~nobody",
-    "a" * 5000, "{r: 16}", "{r: 1e9, alpha: " + "9" * 400 + "}", "{instruction: 5}",
-    "{model_id: me/x, revision: 1.0}", "[a.jsonl, {path: b.csv, share: 2}]", "{path: ., repeat: 1e9}", "[{context: a}]",
-    "{path: none.csv, share: .5, columns: {messages: 5}}", "[[]]", "/**", "*.[", "last",
-    "ms:x/y@", "hf:./none", "auto", "none", "0", "1", "2", "3", "-1",
+    "a" * 5000, "{r: 16}", "{r: 8, bits: 4}", "best",
+    "{r: 8, bits: 3, targets: [dense, 5]}", "{r: 8, targets: {}}", "{r: 1e9, alpha: " + "9" * 400 + "}",
+    "{instruction: 5}", "{model_id: me/x, revision: 1.0}", "[a.jsonl, {path: b.csv, share: 2}]",
+    "{path: ., repeat: 1e9}", "[{context: a}]", "{path: none.csv, share: .5, columns: {messages: 5}}", "[[]]", "/**",
+    "*.[", "last", "ms:x/y@", "hf:./none", "auto", "none", "0", "1", "2", "3", "-1",
 ]  # fmt: skip
 HARDWARE = [
     "cpu", "cpu,host=1T", "8xA100-80G", "99999xT4-16G", "9999999xA10-24G", "0xA10-24G", "٣xA100-80G",
@@ -71,6 +72,8 @@ values = st.recursive(
                     "model_id",
                     "revision",
                     "token",
+                    "targets",
+                    "bits",
                     "path",
                     "share",
                     "repeat",
@@ -138,6 +141,9 @@ def every_word() -> None:
                     "dataset",
                     "samples",
                     "multi_turn",
+                    "patience",
+                    "max_hours",
+                    "final_from",
                 )
             ),
         ):
@@ -149,7 +155,7 @@ class Planned(DollyError):
     """All that comes before the training went well."""
 
 
-def refuse_to_train(setup, lock=None):
+def refuse_to_train(setup, lock=None, begun=None):
     raise Planned("planned")
 
 

@@ -21,7 +21,7 @@ GROUP = 128
 def main(library: str, seconds: float, seed: int) -> None:
     kernels = ctypes.CDLL(library)
     number, place = ctypes.c_int64, ctypes.c_void_p
-    kernels.dolly_linear.argtypes = [*[ctypes.c_int] * 4, *[number] * 3, *[place] * 5, ctypes.c_int]
+    kernels.dolly_linear.argtypes = [*[ctypes.c_int] * 5, *[number] * 3, *[place] * 5, ctypes.c_int]
     kernels.dolly_attend.argtypes = [*[ctypes.c_int] * 3, *[number] * 6, *[place] * 8, ctypes.c_int]
     kernels.dolly_quantise.argtypes = [*[ctypes.c_int] * 2, *[number] * 2, place, number, *[place] * 2, ctypes.c_int]
     best, end, count = kernels.dolly_level(), time.monotonic() + seconds, 0
@@ -73,8 +73,9 @@ def _linear(kernels, rng: random.Random, level: int) -> None:
         _buffer(rows * outputs * (2 if bf16 else 4)),
     )
     failed = kernels.dolly_linear(
-        level, kind, bf16, rng.randrange(2), rows, outputs, inputs, x.ctypes.data, weights.ctypes.data,
-        scales.ctypes.data if scales is not None else None, bias.ctypes.data if bias is not None else None,
+        level, kind, rng.choice((1, 2)), bf16, rng.randrange(2), rows, outputs, inputs, x.ctypes.data,
+        weights.ctypes.data, scales.ctypes.data if scales is not None else None,
+        bias.ctypes.data if bias is not None else None,
         out.ctypes.data, rng.choice((1, 2, 3)),
     )  # fmt: skip
     assert failed == 0

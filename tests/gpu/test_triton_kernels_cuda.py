@@ -46,7 +46,7 @@ def replayed(call: Callable[[], object], change: Callable[[], None]) -> tuple[ob
 def test_linear_in_a_graph(kind, rows):
     weight, scales = random(E, E, seed=1), None
     if kind != "plain":
-        stored = quantize.stored_tensors("w", weight.float().cpu(), kind)
+        stored = quantize.stored_tensors("w", weight.float().cpu(), kind, quantize.ROWS)
         weight, scales = stored[f"w_{kind}"].cuda(), stored["w_scale"].cuda()
     x, bias, residual = random(rows, E), random(E, seed=2), random(rows, E, seed=3)
     out, now = replayed(

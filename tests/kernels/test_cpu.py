@@ -18,6 +18,7 @@ from modelscope_dolly.kernels import cpu as kernels
 from modelscope_dolly.kernels.quantized_linear import (
     BF16Linear,
     Int4Linear,
+    Int8DynamicLinear,
     Int8Linear,
     PackedLinear,
     quantise_int4,
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 LEVELS = [level for level in (1, 2) if level <= kernels.level()]
-KINDS = [Int8Linear, Int4Linear, BF16Linear]
+KINDS = [Int8Linear, Int8DynamicLinear, Int4Linear, BF16Linear]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -46,7 +47,15 @@ def layer(kind: type[PackedLinear], weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def run(made: PackedLinear, x: torch.Tensor, level: int, activation: str | None = None) -> torch.Tensor:
-    return kernels.linear(made.kind, x, made.weight, made.scales, made.bias, made.out_features, activation, level)
+    tensors = made.weight, made.scales, made.bias
+    return kernels.linear(made.kind, x, *tensors, made.out_features, activation, level, made.row_bytes)
+
+
+def quantise_16_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row as whole numbers from -32512 to 32512, 127 * 256, times a factor."""
+    largest = x.abs().amax(dim=1)
+    inverse = torch.where(largest > 1e-30, torch.div(torch.tensor(32512.0), largest), 0.0)
+    return (x * inverse[:, None]).round(), torch.where(largest > 1e-30, largest / 32512.0, 0.0)
 
 
 def reference(kind: type[PackedLinear], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -54,9 +63,9 @@ def reference(kind: type[PackedLinear], x: torch.Tensor, weight: torch.Tensor, b
     inputs = weight.shape[1]
     if kind is BF16Linear:
         return x.double() @ weight.bfloat16().double().T + bias
-    whole, factors = quantise_int8(x)
+    whole, factors = quantise_int8(x) if kind.row_bytes == 1 else quantise_16_bits(x)
     x = whole.double() * factors.double()[:, None]
-    if kind is Int8Linear:
+    if issubclass(kind, Int8Linear):
         whole, scales = quantise_int8(weight)
         return x @ (whole.double() * scales.double()[:, None]).T + bias
     whole, scales = quantise_int4(weight)
@@ -139,7 +148,7 @@ def test_a_row_depends_neither_on_its_neighbours_nor_on_threads_nor_on_the_instr
 def test_long_inputs_that_are_worked_on_in_chunks():
     """Rows of more than 2 MiB in all: the weights are read once for each chunk of them."""
     x, weight, bias = random(700, 4096), random(70, 4096, seed=1), random(70, seed=2)
-    for kind in (Int8Linear, BF16Linear):
+    for kind in (Int8Linear, Int8DynamicLinear, BF16Linear):
         assert_close(run(layer(kind, weight, bias), x, kernels.level()), reference(kind, x, weight, bias))
 
 
@@ -238,6 +247,35 @@ def test_rows_of_zeros_and_of_the_smallest_numbers(kind, level):
     assert_close(run(made, x, level), made.bias.double().expand(3, 20))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_activations_of_16_bits_keep_the_small_values_beside_a_large_one(level):
+    """A channel 300 times the others, as in networks with outliers: 8 bits leave next to nothing of the rest."""
+    x, weight = random(4, 512), random(64, 512, seed=1)
+    weight[:, 7] = 0
+    x[:, 7] = 300
+    exact = x.double() @ weight.double().T
+    errors = {}
+    for kind in (Int8Linear, Int8DynamicLinear):
+        out = run(layer(kind, weight, None), x, level)
+        errors[kind] = float((out - exact).norm() / exact.norm())
+    weights_alone = float((x.double() @ (reference_weights(weight) - weight).T).norm() / exact.norm())
+    assert errors[Int8Linear] < 1.1 * weights_alone and errors[Int8DynamicLinear] > 50 * weights_alone
+
+
+def reference_weights(weight: torch.Tensor) -> torch.Tensor:
+    whole, scales = quantise_int8(weight)
+    return whole.double() * scales.double()[:, None]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_value_of_16_bits_is_split_into_its_two_bytes(level):
+    """One input per whole number from -32512 to 32512, times a weight of one: the number itself must come back."""
+    whole = torch.arange(-32512.0, 32513.0)
+    x = torch.stack((whole, torch.full_like(whole, 32512.0)), dim=1)  # the second keeps the step at 1
+    out = run(layer(Int8Linear, torch.tensor([[1.0, 0.0]]), None), x, level)
+    assert torch.equal((out[:, 0] * 1).round(), whole)
+
+
 def test_rows_are_quantised_as_torch_does_it():
     for shape in ((1, 1), (3, 5), (16, 16), (33, 257)):
         for number in (torch.float32, torch.bfloat16):
@@ -272,6 +310,23 @@ def test_memory_of_the_wrong_size_or_type_never_reaches_the_library():
     for arguments in wrong:
         with pytest.raises(ValueError, match="do not fit each other"):
             kernels.linear(kernels.INT8, *arguments)
+
+
+def test_a_library_of_another_interface_is_passed_over(tmp_path):
+    """One that was built before the arguments changed would read them wrongly."""
+    source = tmp_path / "other.c"
+    source.write_text("int dolly_interface(void) { return 1; }\nint dolly_level(void) { return 2; }\n")
+    library = tmp_path / "_kernels.x.so"
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True, capture_output=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("no C compiler called cc")
+    code = (
+        "import modelscope_dolly.kernels.cpu as kernels\n"
+        f"kernels.__file__ = {str(tmp_path / 'kernels.py')!r}\nprint(kernels.level())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr
 
 
 def test_threads_are_torchs():

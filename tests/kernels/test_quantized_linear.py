@@ -127,5 +127,5 @@ def test_all_linears_are_replaced_and_nothing_else():
 
 def test_names():
     assert parse_quantize(None) is None and parse_quantize("none") is None and parse_quantize("int8") == "int8"
-    with pytest.raises(SettingError, match=r"unknown quantize 'int9'. Did you mean 'int8'\? Allowed: int4, int8, none"):
+    with pytest.raises(SettingError, match=r"'int9'. Did you mean 'int8'\? Allowed: int4, int8, int8-dynamic, none"):
         parse_quantize("int9")

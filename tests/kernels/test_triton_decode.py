@@ -53,7 +53,7 @@ def weights(outputs: int, inputs: int, kind: str, dtype: torch.dtype, seed: int 
     weight = random(outputs, inputs, seed=seed) / inputs**0.5
     if kind == "plain":
         return (weight.to(dtype), None), weight.to(dtype).double()
-    stored = quantize.stored_tensors("w", weight.cpu(), kind)
+    stored = quantize.stored_tensors("w", weight.cpu(), kind, quantize.ROWS)
     whole, scales = quantize.quantise_int8(weight.cpu()) if kind == "int8" else quantize.quantise_int4(weight.cpu())
     steps = scales[:, None] if kind == "int8" else scales.repeat_interleave(kernels.GROUP, dim=1)[:, :inputs]
     packed = (stored[f"w_{kind}"].to(DEVICE), stored["w_scale"].to(DEVICE))
@@ -114,11 +114,11 @@ def test_linear_reads_what_a_quantised_layer_holds(monkeypatch, kind, layer, inp
     """The layer as it lies on a GPU or without the compiled library: numbers as stored, multiplied in float32."""
     monkeypatch.setattr(kernels, "_library", lambda: None)
     made = layer(inputs, 40)
-    for leaf, tensor in quantize.stored_tensors("weight", random(40, inputs).cpu(), kind).items():
+    for leaf, tensor in quantize.stored_tensors("weight", random(40, inputs).cpu(), kind, quantize.ROWS).items():
         made.take(leaf, tensor)
     made.take("bias", random(40, seed=2).cpu())
     x = random(5, inputs, seed=3)
-    stored = quantize.stored_tensors("weight", random(40, inputs).cpu(), kind)
+    stored = quantize.stored_tensors("weight", random(40, inputs).cpu(), kind, quantize.ROWS)
     found = triton_kernels.linear(
         x, stored[f"weight_{kind}"].to(DEVICE), stored["weight_scale"].to(DEVICE), made.bias.to(DEVICE)
     )
@@ -306,7 +306,7 @@ def test_attend_takes_a_view_of_a_wider_tensor():
 
 
 def good() -> dict[str, dict[str, torch.Tensor]]:
-    x, stored = random(3, 200), quantize.stored_tensors("w", random(40, 200).cpu(), "int4")
+    x, stored = random(3, 200), quantize.stored_tensors("w", random(40, 200).cpu(), "int4", quantize.ROWS)
     norm = norms(200, torch.float32)
     cos, sin = turns(2, 10, torch.float32)
     return {

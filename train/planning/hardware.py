@@ -55,6 +55,12 @@ class Hardware:
     host_memory: int | None
     disk: int | None
     computes_bf16: bool
+    processes: int = 1  # of a run on CPUs, which share the memory of the host
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share the model states."""
+        return self.gpus or self.processes
 
     @property
     def cpu_only(self) -> bool:
@@ -86,7 +92,7 @@ class Hardware:
         local_rank, local_world = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
         host = free_memory() * max(1, world // (local_world or world))
         if not torch.cuda.is_available():
-            return cls("CPU", 0, 0, host, free_disk(output_dir), False)
+            return cls("CPU", 0, 0, host, free_disk(output_dir), False, world)
         device = torch.device("cuda", local_rank)
         usable = torch.cuda.get_device_properties(device).total_memory - int(RESERVE * GIB)
         computes_bf16 = choose_dtype(device).value == torch.bfloat16

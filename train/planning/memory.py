@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from modelscope_dolly.engine.gpt_neox import parameter_shapes
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 GIB = 2**30
 
@@ -25,8 +25,14 @@ MOMENTS, FLOAT32 = 8, 4
 #: Bytes per logit at the peak: log-probabilities, their gradient, the logits' gradient, all float32. Measured with
 #: torch's allocator profile over linear, float(), cross_entropy and backward (torch 2.13, CPU, bf16 and fp32).
 LOGIT = 12
+#: Bytes of a frozen weight in 4 bits: itself, a scale of a byte for 64, and one of four bytes for 256 of those
+#: (arXiv:2305.14314, section 3); in 8: itself (the scale of a row counts for nothing).
+QUANTISED = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 #: DeepSpeed's default sub_group_size: ZeRO 3 updates that many weights at a time.
 SUB_GROUP = 10**9
+#: What a process takes on a CPU whatever the size of the network: threads, the Trainer, its Python objects. Measured
+#: with train.memory_table on the nano model.
+PROCESS = 12 << 20
 #: Rows of the dolly keys, which adapters cannot reach: they are trained in the embedding and in the output matrix.
 KEY_ROWS = 3
 
@@ -40,14 +46,18 @@ class Job:
         tokens: T, the most tokens in one forward pass of one rank.
         label_tokens: most response tokens among them; None: all, which is the worst record.
         checkpoint_activations: recompute each layer in the backward pass.
-        lora_rank: rank of the adapters on all linear layers; 0 trains every weight.
+        lora_rank: rank of the adapters; 0 trains every weight.
+        lora_targets: the linear layers of a block that have one; None: all four.
+        lora_bits: 4 or 8 where the frozen linear layers are quantised.
     """
 
-    config: GPTNeoXConfig
+    config: NetworkConfig
     tokens: int = 2048
     label_tokens: int | None = None
     checkpoint_activations: bool = True
     lora_rank: int = 0
+    lora_targets: tuple[str, ...] | None = None
+    lora_bits: int | None = None
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -63,8 +73,21 @@ class Job:
         """Weights that LoRA trains: rank * (inputs + outputs) per linear layer, and the rows of the dolly keys."""
         if not self.lora_rank:
             return 0
-        matrices = [shape for name, shape in self._shapes.items() if ".layers." in name and len(shape) == 2]
+        targets = self.lora_targets
+        matrices = [shape for name, shape in self._matrices if targets is None or name.split(".")[-2] in targets]
         return self.lora_rank * sum(map(sum, matrices)) + 2 * KEY_ROWS * self.config.hidden_size
+
+    @property
+    def _matrices(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Weights of the linear layers, without the output matrix."""
+        return [(name, shape) for name, shape in self._shapes.items() if ".layers." in name and len(shape) == 2]
+
+    def frozen(self, dtype: str = "bf16") -> int:
+        """Bytes of the weights that adapters leave as they are; 0 where all are trained."""
+        if not self.lora_rank:
+            return 0
+        quantised = sum(math.prod(shape) for _, shape in self._matrices) if self.lora_bits else 0
+        return math.ceil(WIDTHS[dtype] * (self.parameters - quantised) + QUANTISED.get(self.lora_bits, 0) * quantised)
 
     @property
     def trained(self) -> int:
@@ -96,6 +119,7 @@ def model_states(
     dtype: str = "bf16",
     adapters: int = 0,
     largest: int = 0,
+    frozen: int | None = None,
 ) -> ModelStates:
     """Model states of mixed-precision Adam under ZeRO (arXiv:1910.02054, section 3.1 and figure 1).
 
@@ -117,11 +141,13 @@ def model_states(
         dtype: "bf16", "fp16" or "fp32".
         adapters: trained weights of LoRA; the P others are then frozen and take only their width. 0: all are trained.
         largest: weights that stage 3 gathers at once.
+        frozen: bytes of the frozen weights, where they do not take their width: see Job.frozen.
     """
     width = WIDTHS[dtype]
-    trained, frozen = (adapters, parameters) if adapters else (parameters, 0)
+    trained = adapters or parameters
+    frozen = (width * parameters if frozen is None else frozen) if adapters else 0
     master = 0 if dtype == "fp32" and stage == 0 else FLOAT32
-    weights = width * (trained + frozen) / (world if stage >= 3 else 1)
+    weights = (width * trained + frozen) / (world if stage >= 3 else 1)
     gradients = width * trained / (world if stage >= 2 else 1)
     optimizer = (master + MOMENTS) * trained / (world if stage >= 1 else 1)
     gathered = 2 * width * largest if stage >= 3 else 0
@@ -130,7 +156,7 @@ def model_states(
         return ModelStates(math.ceil(weights + gradients + optimizer + gathered), 0)
     if offload == "optimizer":
         return ModelStates(math.ceil(weights + gradients + gathered), host)
-    return ModelStates(gathered, host + width * (trained + frozen))
+    return ModelStates(gathered, host + width * trained + frozen)
 
 
 def update_bytes(trained: int, stage: int, world: int, offload: str = "none", dtype: str = "bf16") -> int:
@@ -160,7 +186,7 @@ class Activations:
 
 
 def activations(
-    config: GPTNeoXConfig,
+    config: NetworkConfig,
     tokens: int,
     checkpointing: bool = True,
     label_tokens: int | None = None,
@@ -188,9 +214,18 @@ def activations(
     )
 
 
-def checkpoint_bytes(trained: int) -> int:
-    """Bytes of one checkpoint to resume from: weight 2, float32 master copy 4, moments 8."""
-    return trained * (2 + FLOAT32 + MOMENTS)
+def checkpoint_bytes(trained: int, stage: int = 2, dtype: str = "bf16", use_deepspeed: bool = True) -> int:
+    """Bytes of one checkpoint to resume from.
+
+    The Trainer alone saves float32 weights and both moments: 12 for each trained weight. With DeepSpeed it saves the
+    weights in their number type, and DeepSpeed saves them once more (not in stage 3), with a float32 copy and the
+    moments: 16 in bf16, in stage 3 14.
+    """
+    if not use_deepspeed:
+        return trained * (FLOAT32 + MOMENTS)
+    copies = 1 if stage >= 3 else 2
+    master = 0 if dtype == "fp32" and stage == 0 else FLOAT32
+    return trained * (copies * WIDTHS[dtype] + master + MOMENTS)
 
 
 def final_bytes(parameters: int, dtype: str = "bf16") -> int:
@@ -198,10 +233,11 @@ def final_bytes(parameters: int, dtype: str = "bf16") -> int:
     return WIDTHS[dtype] * parameters
 
 
-def disk_need(job: Job, steps: int, save_every: int, keep: int, dtype: str = "bf16") -> int:
+def disk_need(job: Job, steps: int, save_every: int, keep: int, checkpoint: int, dtype: str = "bf16") -> int:
     """Most bytes that a run of `steps` optimizer steps has on disk at once.
 
-    A new checkpoint is complete before the oldest is removed, so there are `keep` + 1 of them for a moment.
+    A new checkpoint, of `checkpoint` bytes, is complete before the oldest is removed, so there are `keep` + 1 of them
+    for a moment.
     """
     saved = min(math.ceil(steps / save_every), keep + 1)
-    return saved * checkpoint_bytes(job.trained) + final_bytes(job.parameters, dtype)
+    return saved * checkpoint + final_bytes(job.parameters, dtype)

@@ -7,12 +7,17 @@ from dataclasses import dataclass, replace
 
 from modelscope_dolly.errors import HardwareError, SettingError
 from train.planning.hardware import Hardware, gib
-from train.planning.memory import GIB, Job, activations, model_states, update_bytes
+from train.planning.memory import GIB, PROCESS, Job, activations, model_states, update_bytes
 
 #: What must stay free of the memory: 10 % for fragmentation, 1.5 GiB for DeepSpeed's buckets.
 SPARE_SHARE, SPARE = 0.1, int(1.5 * GIB)
 #: Rank of the adapters that are proposed when training all weights does not fit.
 LORA_RANK = 16
+#: peft's layer for new rows reads the weight of the embedding from outside of it, where ZeRO 3 has not gathered it.
+_NO_SPLIT_ADAPTERS = (
+    "lora works with zero_stage 0, 1 or 2: ZeRO 3 splits the frozen weights, and peft needs the embedding whole; to "
+    "save memory set lora: {r: 16, bits: 4}"
+)
 _OFFLOAD_SUFFIX = {"none": "", "optimizer": " + optimizer offload", "all": " + full offload"}
 
 
@@ -79,7 +84,7 @@ def choose(
     """
     dtype, dtype_reason = number_type(hardware, dtype)
     job = replace(job, checkpoint_activations=recompute != "false")
-    settings = _settings(hardware, zero_stage, offload)
+    settings = _settings(hardware, zero_stage, offload, bool(job.lora_rank))
     candidates = tuple(_candidate(job, hardware, dtype, *setting) for setting in settings)
     shared = hardware.gpus > 1 and zero_stage == "auto"
     if shared and candidates[0].stage == 0 and candidates[0].fits:
@@ -117,8 +122,11 @@ def number_type(hardware: Hardware, requested: str = "auto") -> tuple[str, str]:
     return "fp16", f"{hardware.name} has no bfloat16; fp16 needs loss scaling"
 
 
-def _settings(hardware: Hardware, zero_stage: str, offload: str) -> list[tuple[int, str]]:
+def _settings(hardware: Hardware, zero_stage: str, offload: str, adapters: bool = False) -> list[tuple[int, str]]:
     """(stage, offload) to consider, fastest first."""
+    if adapters and (zero_stage == "3" or offload == "all"):
+        asked = "zero_stage is '3'" if zero_stage == "3" else "offload is 'all'"
+        raise SettingError(f"{asked}, but {_NO_SPLIT_ADAPTERS}")
     if hardware.cpu_only:
         if offload not in ("auto", "none"):
             raise SettingError(f"offload is {offload!r}, but there is no GPU to move anything from: set it to none")
@@ -133,6 +141,8 @@ def _settings(hardware: Hardware, zero_stage: str, offload: str) -> list[tuple[i
     settings = [
         (stage, where) for stage, where in settings if zero_stage in ("auto", str(stage)) and offload in ("auto", where)
     ]
+    if adapters:
+        settings = [(stage, where) for stage, where in settings if stage < 3]
     if not settings:
         needed = "3" if offload == "all" else "1, 2 or 3"
         raise SettingError(f"offload {offload!r} needs zero_stage {needed}, not {zero_stage}")
@@ -140,14 +150,14 @@ def _settings(hardware: Hardware, zero_stage: str, offload: str) -> list[tuple[i
 
 
 def _candidate(job: Job, hardware: Hardware, dtype: str, stage: int, offload: str) -> Candidate:
-    ranks = max(1, hardware.gpus)
-    held = model_states(job.parameters, stage, ranks, offload, dtype, job.adapters, job.largest)
+    ranks = hardware.ranks
+    held = model_states(job.parameters, stage, ranks, offload, dtype, job.adapters, job.largest, job.frozen(dtype))
     live = activations(job.config, job.tokens, job.checkpoint_activations, job.label_tokens, dtype).total
     if stage == 0 and ranks == 1 and dtype != "fp32":
         live += 2 * job.trained  # autocast, which computes without DeepSpeed, keeps its copies of float32 weights
     gpu, host = held.gpu + max(live, update_bytes(job.trained, stage, ranks, offload, dtype)), held.host
     if hardware.cpu_only:
-        gpu, host = 0, gpu
+        gpu, host = 0, (gpu + PROCESS) * ranks
     why = "; ".join(
         f"needs {gib(need)} {where} with spare, {gib(free)} are free"
         for need, free, where in _needs(gpu, host, hardware)
@@ -191,11 +201,16 @@ def _nothing_fits(job: Job, hardware: Hardware, dtype: str, candidates: Sequence
     least = _least(candidates, hardware)
     advice = "a smaller model" if hardware.cpu_only else "a smaller model or more GPUs"
     if not job.lora_rank:
-        adapters = _first_that_fits(replace(job, lora_rank=LORA_RANK), hardware, dtype)
-        if adapters is None:
-            advice += f" (lora: {{r: {LORA_RANK}}} does not fit either)"
+        for bits in (None, 4):
+            value = f"{{r: {LORA_RANK}{f', bits: {bits}' if bits else ''}}}"
+            adapters = _first_that_fits(replace(job, lora_rank=LORA_RANK, lora_bits=bits), hardware, dtype)
+            if adapters is not None:
+                advice = f"lora: {value}, which fits ({_figures(adapters, hardware)}); or {advice}"
+                break
         else:
-            advice = f"lora: {{r: {LORA_RANK}}}, which fits ({_figures(adapters, hardware)}); or {advice}"
+            advice += f" (lora: {value} does not fit either)"
+    elif job.lora_bits != 4 and (adapters := _first_that_fits(replace(job, lora_bits=4), hardware, dtype)):
+        advice = f"lora with bits: 4, which fits ({_figures(adapters, hardware)}); or {advice}"
     return f"training does not fit on {hardware}: at the least, {least.name} {least.why}. Change first: {advice}"
 
 

@@ -52,6 +52,7 @@ def training_rows(tr: Translate, metadata: RunMetadata) -> Rows:
         (tr("starts of the run", "启动次数"), number(len(metadata.starts)) if len(metadata.starts) > 1 else None),
         (tr("processes", "进程数"), number(metadata.get("world"))),
         (tr("hardware", "硬件"), code(metadata.hardware)),
+        (tr("weights of step", "权重所属步数"), number(_other_step(metadata))),
         (tr("tokens processed", "处理的词元"), number(total(metadata.steps, "tokens"))),
         (tr("seconds in steps", "各步用时（秒）"), number(total(metadata.steps, "seconds"), 0)),
         (tr("training loss, first and last step", "训练损失（首步与末步）"), first_and_last(metadata.steps, "loss")),
@@ -89,3 +90,9 @@ def total(rows: list[dict], name: str) -> float | None:
 def first_and_last(rows: list[dict], name: str) -> str:
     values = [text for row in rows if (text := number(row.get(name), 4))]
     return f"{values[0]}, {values[-1]}" if values else ""
+
+
+def _other_step(metadata: RunMetadata) -> int | None:
+    """The step whose weights the model has, where that is not the last one of the plan."""
+    step = metadata.get("final", "step")
+    return step if isinstance(step, int) and step != metadata.get("plan", "steps") else None

@@ -83,18 +83,20 @@ def evaluation_section(evaluation: Path, evaluated: str | None, model_id: str) -
     return table.strip().replace("<", "&lt;")  # the table has the names of models as they are
 
 
-def yaml_head(metadata: RunMetadata, license: str | None) -> str:
-    """The YAML between the two lines of dashes."""
+def yaml_head(
+    metadata: RunMetadata, license: str | None, relation: str = "finetune", library: str = "transformers"
+) -> str:
+    """The YAML between the two lines of dashes; `relation` is to the base model."""
     known, on_hub = metadata.known_dataset, metadata.base_is_on_hub
     values = {
         "tasks": ["text-generation"],
         "frameworks": ["pytorch"],
         "pipeline_tag": "text-generation",
-        "library_name": "transformers",
+        "library_name": library,
         "license": clean(license) if license else None,
         "language": [known.language] if known else None,
         "base_model": [metadata.base] if on_hub else None,
-        "base_model_relation": "finetune" if on_hub else None,
+        "base_model_relation": relation if on_hub else None,
         "datasets": metadata.dataset_ids,
         "tags": ["dolly-v2", "gpt_neox", *(["lora"] if metadata.get("settings", "lora") else [])],
     }

@@ -76,10 +76,10 @@ def stage(
     checkpoint = open_checkpoint(source, verify=False)  # its bytes are compared below, in the one pass that hashes them
     weights = weight_names(source, checkpoint.tensors)
     target = (Path(parent).resolve() if parent else source.parent) / f"{source.name}.staged"
-    _check_replaceable(target)
+    check_replaceable(target)
     if run is None and (source.parent / "run.json").is_file():
         run = source.parent
-    with _writing(target), new_directory(target, replace=True) as directory:
+    with staged_writing(target), new_directory(target, replace=True) as directory:
         weights_as = {link_or_copy(resolve_inside(source, name), directory / name) for name in weights}
         for name in side_files:
             if name == "config.json" or name.startswith("LICENSE"):
@@ -163,14 +163,15 @@ def compare_with_source(source: Path, directory: Path, weights: list[str]) -> No
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def staged_writing(target: Path) -> Iterator[None]:
+    """Raises SettingError in place of OSError while `target` is written."""
     try:
         yield
     except OSError as error:
         raise SettingError(f"{target} cannot be written ({one_line(error)}); choose another --staging") from error
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
     """Refuse to replace a directory that was not staged: its content would be lost."""
     if target.exists() and not (target / manifest.NAME).is_file():
         raise SettingError(f"{target}: is in the way and not an earlier staged directory; move it")

@@ -1,4 +1,5 @@
-"""What the Trainer calls during a run: metrics.jsonl, progress on the terminal, the stop at a bad loss or a signal."""
+"""What the Trainer calls during a run: metrics.jsonl, progress on the terminal, what stands out, and the stop at a bad
+loss, a signal, or the end of the time."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from modelscope_dolly.errors import DollyError
+from modelscope_dolly.locks import FileLock
 from train.data.batch_plan import BatchPlan
 from train.training.checkpoints import writing
 from train.training.report import cut_metrics
-from train.training.run_lock import RunLock
+from train.training.spikes import SpikeDetector
 
 #: Seconds between lines of progress where there is no terminal.
 PROGRESS_INTERVAL = 20.0
@@ -102,6 +105,26 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
+class SpikeLog(TrainerCallback):
+    """A line for each step that stands out; see spikes.py.
+
+    Args:
+        warmup_steps: of the schedule.
+        rows: of metrics.jsonl from earlier starts of the run.
+    """
+
+    def __init__(self, warmup_steps: int, rows: Iterable[dict] = ()):
+        self.detector = SpikeDetector(warmup_steps)
+        for row in rows:
+            self.detector.add(row)
+
+    def on_log(self, args, state, control, logs=None, **keywords):
+        if args.process_index == 0 and logs and "loss" in logs:
+            row = {"step": state.global_step, "loss": logs["loss"], "grad_norm": logs.get("grad_norm")}
+            for spike in self.detector.add(row | {"lr": logs.get("learning_rate")}):
+                tqdm.write(f"stands out: {spike}")
+
+
 class StopOnBadLoss(TrainerCallback):
     """Stop after several losses in a row that are not finite, or exactly zero: the run does not recover from that."""
 
@@ -124,7 +147,7 @@ class StopOnBadLoss(TrainerCallback):
 class StopWithoutLock(TrainerCallback):
     """Stop before a step is saved in a directory that another run has taken over; see run_lock.py."""
 
-    def __init__(self, lock: RunLock | None):
+    def __init__(self, lock: FileLock | None):
         self.lock = lock
 
     def on_step_end(self, args, state, control, **keywords):
@@ -132,22 +155,39 @@ class StopWithoutLock(TrainerCallback):
             self.lock.check()
 
 
-class SaveOnSignal(TrainerCallback):
-    """On SIGTERM, which job schedulers send before they take the machine away: finish the step, save, stop."""
+class SaveAndStop(TrainerCallback):
+    """Finish the step, save and stop: on SIGTERM, which job schedulers send before they take the machine away, and
+    when a step and a save more would go beyond the time that this start has.
 
-    def __init__(self):
-        self.received = False
+    Args:
+        max_hours: since `begun`; 0: no limit.
+        begun: time.monotonic() when this start began.
+        save_seconds: how long the last save took, asked for at every step.
+    """
+
+    def __init__(self, max_hours: float = 0.0, begun: float = 0.0, save_seconds: Callable[[], float] = lambda: 0.0):
+        self.received = self.out_of_time = False
+        self.deadline = begun + 3600 * max_hours if max_hours else math.inf
+        self.save_seconds = save_seconds
+        self._last_step, self._longest = time.monotonic(), 0.0
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, number, frame):
         self.received = True
 
+    def on_train_begin(self, args, state, control, **keywords):
+        self._last_step = time.monotonic()
+
     def on_step_end(self, args, state, control, **keywords):
-        if args.world_size > 1:  # the signal reaches the processes at different times, and none can save alone
-            received = torch.tensor(float(self.received), device=args.device)
-            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-            self.received = bool(received)
-        if self.received:
+        now = time.monotonic()
+        # From the end of one step to that of the next: with an evaluation or a save between them.
+        self._longest, self._last_step = max(self._longest, now - self._last_step), now
+        self.out_of_time = now + self._longest + self.save_seconds() >= self.deadline
+        if args.world_size > 1:  # both come to the processes at different times, and none can save alone
+            asked = torch.tensor([float(self.received), float(self.out_of_time)], device=args.device)
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+            self.received, self.out_of_time = map(bool, asked.tolist())
+        if self.received or (self.out_of_time and state.global_step < state.max_steps):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **keywords):

@@ -93,7 +93,7 @@ def mark_complete(path: Path, world: int, origin: Origin, hashed: Mapping[str, s
     names = [(_name(path, file), size) for file, size in file_sizes(path)]
     marker = {
         "version": 2,
-        "step": _step(path),
+        "step": step_of(path),
         "world": world,
         "plan_hash": origin.plan_hash,
         "order_hash": origin.order_hash,
@@ -153,7 +153,7 @@ def _from_marker(path: Path, marker: dict[str, Any]) -> RunCheckpoint:
             raise TypeError(f"entry {name!r}")
         files[name] = size, digest
     step, world, order_hash, settings = marker["step"], marker["world"], marker["order_hash"], marker.get("settings")
-    if type(step) is not int or step != _step(path):
+    if type(step) is not int or step != step_of(path):
         raise ValueError(f"step {step!r}")
     if type(world) is not int or not isinstance(order_hash, str) or not isinstance(settings, (dict, type(None))):
         raise TypeError(f"world {world!r}, order_hash {order_hash!r}, settings a {type(settings).__name__}")
@@ -189,7 +189,8 @@ def _marker_digest(marker: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The optimizer step in the name of a checkpoint directory."""
     return int(_NAME.fullmatch(path.name)[1])
 
 
@@ -200,7 +201,7 @@ def _name(path: Path, file: Path) -> str:
 def run_checkpoints(run: Path) -> list[Path]:
     """Directories named as checkpoints, newest step first, complete or not."""
     paths = [path for path in run.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(paths, key=_step, reverse=True)
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def newest_complete(run: Path) -> tuple[RunCheckpoint | None, list[str]]:
@@ -214,14 +215,15 @@ def newest_complete(run: Path) -> tuple[RunCheckpoint | None, list[str]]:
     return None, skipped
 
 
-def prune(run: Path, keep: int) -> list[Path]:
-    """Remove all but the `keep` newest complete checkpoints, and incomplete ones older than the newest complete one."""
+def prune(run: Path, keep: int, best: Path | None = None) -> list[Path]:
+    """Remove all but `best` and the `keep` newest complete checkpoints, and incomplete ones older than the newest
+    complete one."""
     complete, removed = 0, []
     for path in run_checkpoints(run):
         try:
             open_run_checkpoint(path)
             complete += 1
-            if complete <= keep:
+            if complete <= keep or path == best:
                 continue
         except DollyError:
             if complete == 0:

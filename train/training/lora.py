@@ -1,45 +1,57 @@
-"""LoRA: train low-rank adapters on all linear layers instead of the weights themselves (arXiv:2106.09685), with peft.
+"""LoRA: train low-rank adapters on linear layers instead of the weights themselves (arXiv:2106.09685), with peft.
 
 The three keys of dolly are new to the base model, and no adapter reaches an embedding: their rows are trained as well,
-in the embedding and in the output matrix. Everything else is frozen. A finished run is merged into plain weights, which
-any reader loads without peft; the adapter alone is saved beside them.
+in the embedding and in the output matrix. Everything else is frozen, and with `bits` quantised by bitsandbytes: QLoRA
+(arXiv:2305.14314). A finished run is merged into plain weights, which any reader loads without peft: the base's, as
+they are stored, plus the adapter. The adapter alone is saved beside them.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.checkpoint.adapter import CONFIG, LINEARS, MOST_ALPHA, MOST_RANK, WEIGHTS, write_base
+from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.errors import DollyError, SettingError, unknown_name
 from modelscope_dolly.files import new_directory, read_json
-from modelscope_dolly.prompt import DollyTokenizer
+from modelscope_dolly.prompt import CONTROL_KEYS, DollyTokenizer
 from train.recipe_file import shown
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig, PeftModel
-    from transformers import GPTNeoXForCausalLM
+    from transformers import BitsAndBytesConfig, GPTNeoXConfig
 
     from train.training.loss import CausalLMLoss
 
-#: The linear layers of a GPT-NeoX; "dense" is that of the attention only: names are compared up to a dot.
-LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-#: What peft writes into a checkpoint beside the adapter's weights.
-CONFIG = "adapter_config.json"
 #: Directory of the finished adapter, in that of the run.
 ADAPTER = "adapter"
-_KEYS = ("r", "alpha", "dropout")
-#: Far above what is in use, and below what a mistake costs. The widest layer of a dolly has 20,480 outputs.
-MOST_RANK, MOST_ALPHA = 16_384, 1e6
+#: Bits of a frozen weight of a linear layer.
+BITS = (4, 8)
+_ABSENT = object()
+_KEYS = ("r", "alpha", "dropout", "targets", "bits")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of the adapters: W becomes W + alpha / r * B A, with A [r, inputs] and B [outputs, r]."""
+    """Settings of the adapters: W becomes W + alpha / r * B A, with A [r, inputs] and B [outputs, r].
+
+    Attributes:
+        targets: the linear layers of each block that get one.
+        bits: of the frozen weights of the linear layers while they are trained on; None: the run's number type.
+    """
 
     r: int
     alpha: float
     dropout: float
+    targets: tuple[str, ...] = LINEARS
+    bits: int | None = None
 
 
 def read_lora(values: dict | None) -> Lora | None:
@@ -47,7 +59,7 @@ def read_lora(values: dict | None) -> Lora | None:
 
     Raises:
         SettingError: unknown keys or values out of range, all in one message.
-        DollyError: peft is not installed.
+        DollyError: peft is not installed, or with `bits` bitsandbytes.
     """
     if values is None:
         return None
@@ -64,10 +76,19 @@ def read_lora(values: dict | None) -> Lora | None:
         problems.append(f"lora.alpha is {shown(alpha)}, it must be a number above 0 and at most {MOST_ALPHA:,.0f}")
     if not _is_number(dropout, (int, float)) or not 0 <= dropout < 1:
         problems.append(f"lora.dropout is {shown(dropout)}, it must be in [0, 1)")
+    targets, bits = values.get("targets", list(LINEARS)), values.get("bits")
+    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        problems.append(f"lora.targets is {shown(targets)}, it must be a list with some of {', '.join(LINEARS)}")
+        targets = []
+    problems += [unknown_name("layer in lora.targets", name, LINEARS) for name in targets if name not in LINEARS]
+    if bits is not None and (not _is_number(bits, int) or bits not in BITS):
+        problems.append(f"lora.bits is {shown(bits)}, it must be 4 or 8, or left out")
     if problems:
         raise SettingError("; ".join(problems))
     _peft()
-    return Lora(rank, float(alpha), float(dropout))
+    if bits is not None:
+        _need("bitsandbytes", "lora with bits")
+    return Lora(rank, float(alpha), float(dropout), tuple(name for name in LINEARS if name in targets), bits)
 
 
 def _is_number(value: Any, kind: Any) -> bool:
@@ -75,27 +96,52 @@ def _is_number(value: Any, kind: Any) -> bool:
 
 
 def _peft() -> Any:
+    _need("peft", "lora")
+    # peft imports bitsandbytes where that is installed, which on a CPU fetches compiled code from a hub if it finds the
+    # package `kernels`. It can do without, and warns about that.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    kernels = sys.modules.get("kernels", _ABSENT)
+    sys.modules["kernels"] = None
     try:
         import peft
-    except ImportError:
-        raise DollyError("lora needs the package peft, which is not installed: pip install peft") from None
+    finally:
+        del sys.modules["kernels"]
+        if kernels is not _ABSENT:
+            sys.modules["kernels"] = kernels
     return peft
 
 
-def check_lora(lora: Lora | None, stage: int, resume: Path | None) -> None:
-    """Refuse settings that cannot be combined with the adapters, before the model is loaded.
+def _need(package: str, what: str) -> None:
+    try:
+        found = importlib.util.find_spec(package)
+    except ValueError:  # an entry of sys.modules without a specification
+        found = None
+    if found is None:
+        raise DollyError(f"{what} needs the package {package}, which is not installed: pip install {package}")
+
+
+def check_base(model: str, network: GPTNeoXConfig, vocabulary: int) -> None:
+    """Refuse a base that adapters cannot be trained on and merged into.
 
     Args:
-        lora: from read_lora.
-        stage: ZeRO stage of this run.
-        resume: checkpoint to resume from.
+        model: its name.
+        network: its own configuration.
+        vocabulary: tokens that it is trained with.
 
     Raises:
-        SettingError: ZeRO 3, or a checkpoint of other adapters, or of none, or of adapters where there are none now.
+        SettingError: embeddings that are tied, or missing for other tokens than the keys of dolly.
     """
-    if lora and stage == 3:
-        # peft 0.21 collects the rows of the keys from split weights over CUDA only, and little is left to split.
-        raise SettingError("lora does not work with ZeRO 3, which splits the frozen weights: give zero_stage 0, 1 or 2")
+    if network.tie_word_embeddings:
+        raise SettingError(f"lora: {model} ties its embeddings, and the rows of the keys are trained in both apart")
+    if network.vocab_size < vocabulary - len(CONTROL_KEYS):
+        raise SettingError(
+            f"lora: {model} has embeddings of {network.vocab_size} of {vocabulary} tokens, and adapters train only "
+            "those of the keys: train all weights, without lora"
+        )
+
+
+def check_resume(lora: Lora | None, resume: Path | None) -> None:
+    """Raises SettingError for a checkpoint of other adapters, or of none, or of adapters where there are none now."""
     if resume is None:
         return
     saved = read_json(resume / CONFIG) if (resume / CONFIG).is_file() else None
@@ -107,6 +153,37 @@ def check_lora(lora: Lora | None, stage: int, resume: Path | None) -> None:
         )
 
 
+def quantization(lora: Lora | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How the frozen linear layers are quantised while they are loaded; None: not at all.
+
+    4 bits: NormalFloat with doubly quantised scales, multiplied in `dtype` (arXiv:2305.14314). 8 bits: LLM.int8(),
+    whose inputs with outliers stay in `dtype` (arXiv:2208.07339). Embedding, output matrix, norms and biases stay as
+    they are.
+    """
+    if lora is None or lora.bits is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    kept = ["lm_head", "embed_out"]
+    if lora.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )  # fmt: skip
+
+
+def keep_quantised_weights(model: torch.nn.Module) -> None:
+    """Keep the 4-bit weights of a network as they were loaded.
+
+    bitsandbytes repacks them for AVX-512 at the first evaluation on a CPU, with scales rounded to bfloat16: the steps
+    after it would train on other weights, and other processors on others again. Nor can it repack narrow layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def adapter_config(lora: Lora, tokenizer: DollyTokenizer) -> LoraConfig:
     """peft's configuration."""
     control = tokenizer.control
@@ -115,7 +192,7 @@ def adapter_config(lora: Lora, tokenizer: DollyTokenizer) -> LoraConfig:
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(LINEARS),
+        target_modules=list(lora.targets),
         trainable_token_indices={"embed_in": rows, "lm_head": rows},
     )
 
@@ -130,26 +207,32 @@ def add_adapters(model: CausalLMLoss, lora: Lora, tokenizer: DollyTokenizer) -> 
     return _peft().get_peft_model(model, adapter_config(lora, tokenizer))
 
 
-def merge(trained: PeftModel, lora: Lora, tokenizer: DollyTokenizer, base: str, adapter: Path) -> GPTNeoXForCausalLM:
-    """Save the adapter alone, as one of the plain network, and return that network with the adapter merged in.
+def save_adapter(
+    trained: PeftModel, name: str, base: Path, target: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Save the adapter alone, in float32, as one of the plain network, with a record of its base.
 
     Args:
-        trained: from add_adapters; it is modified.
-        lora, tokenizer: as for add_adapters.
-        base: name of the base model, for the adapter's configuration.
-        adapter: the new directory, for PeftModel.from_pretrained.
+        trained: from add_adapters.
+        name: of the base model.
+        base: its directory.
+        target: the new directory, for PeftModel.from_pretrained, and for `adapter=` and `--adapter`.
+        state: weights to save instead of those of `trained`, under the same names.
     """
-    peft = _peft()
+    from safetensors.torch import save_file
+
+    state = state or _peft().get_peft_model_state_dict(trained, save_embedding_layers=False)
     # Names of the trained model go through CausalLMLoss, those of the saved adapter must not.
     weights = {
-        name.replace("base_model.model.network.", "base_model.model.", 1): tensor.detach().float().cpu()
-        for name, tensor in peft.get_peft_model_state_dict(trained, save_embedding_layers=False).items()
+        key.replace("base_model.model.network.", "base_model.model.", 1): tensor.detach().float().cpu().contiguous()
+        for key, tensor in state.items()
     }
-    network = trained.unload().network
-    network.name_or_path = base  # peft takes it from there
-    plain = peft.get_peft_model(network, adapter_config(lora, tokenizer))
-    peft.set_peft_model_state_dict(plain, weights)
-    with new_directory(adapter, replace=True) as growing:
-        plain.save_pretrained(str(growing), save_embedding_layers=False)
-        (growing / "README.md").unlink(missing_ok=True)  # an empty template
-    return plain.merge_and_unload()
+    config = trained.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = name, True
+    digest = manifest.weights_digest(base, weight_files(base))
+    with new_directory(target, replace=True) as growing:
+        save_file(weights, growing / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(growing))
+        write_base(growing, name, digest)
+        (growing / WEIGHTS).chmod((growing / CONFIG).stat().st_mode)  # safetensors lets only the owner read
+        manifest.write(growing)

@@ -55,3 +55,10 @@ def record_start(
     }
     earlier = read_starts(path) if path.exists() else []
     write_json(path, {"starts": [*earlier, start]})
+
+
+def record_end(path: Path, step: int, lines: list[str]) -> None:
+    """Add to the last start which step the weights of the finished model are of, and what there is to say about it."""
+    starts = read_starts(path)
+    starts[-1]["final"] = {"step": step, "notes": lines}
+    write_json(path, {"starts": starts})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from modelscope_dolly.errors import HardwareError
-from modelscope_dolly.files import check_disk
+from modelscope_dolly.files import check_disk, free_disk, gigabytes
 from train.config import TrainConfig
 from train.data.collate import Example, PassDataset, label_count
 from train.distributed import gather
-from train.training.checkpoints import DISK_REMEDY, Origin, digests, mark_complete, prune, remove, writing
+from train.training.checkpoints import DISK_REMEDY, Origin, digests, file_sizes, mark_complete, prune, remove, writing
+from train.training.held_out import HeldOutLosses, best_checkpoint
 from train.training.samples import Samples, send
 from train.training.samples import lines as sample_lines
 from train.training.schedule import schedule
@@ -30,18 +32,21 @@ class DollyTrainer(Trainer):
         checkpoint_bytes: expected size of one checkpoint, to check the disk before it is written.
         held_out: examples for evaluation.
         origin: what its checkpoints come from (default: the plan alone).
+        losses: of the held-out records, where the best checkpoint is kept as well as the newest.
         samples: answered before the first step and at every evaluation.
     """
 
     def __init__(
         self, config: TrainConfig, passes: PassDataset, checkpoint_bytes: int, held_out: Sequence[Example],
-        origin: Origin | None = None, samples: Samples | None = None, **keywords: Any,
+        origin: Origin | None = None, losses: HeldOutLosses | None = None, samples: Samples | None = None,
+        **keywords: Any,
     ):  # fmt: skip
         super().__init__(
             data_collator=lambda items: items[0], train_dataset=passes, eval_dataset=list(held_out), **keywords
         )
         self.config, self.plan, self.checkpoint_bytes, self.held_out = config, passes.plan, checkpoint_bytes, held_out
         self.origin = origin or Origin(self.plan.hash, self.plan.order_hash)
+        self.losses, self.save_seconds = losses, 0.0
         self.samples = samples
         self._dry_run_done = False
         self.loss_is_scaled_for_ga = True  # losses of a step add up to its mean over labels
@@ -147,6 +152,7 @@ class DollyTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run = Path(self.args.output_dir)
         path = run / f"checkpoint-{self.state.global_step}"
+        begun = time.monotonic()
         check_disk(run, self.checkpoint_bytes, path.name, DISK_REMEDY)
         if self.args.should_save:
             remove(path)  # a damaged one of this step: its marker must not stand beside new files
@@ -159,5 +165,17 @@ class DollyTrainer(Trainer):
         if self.args.should_save:
             with writing(path):
                 mark_complete(path, self.plan.world, self.origin, hashed)
-            prune(run, self.config.keep_checkpoints)
+            prune(run, self.config.keep_checkpoints, best_checkpoint(run, self.losses) if self.losses else None)
+            self._look_ahead(run, path)
         self.accelerator.wait_for_everyone()
+        self.save_seconds = time.monotonic() - begun
+
+    def _look_ahead(self, run: Path, saved: Path) -> None:
+        """Say it while there is time to act, if the next checkpoint will not fit; and learn how large they are."""
+        self.checkpoint_bytes = max(self.checkpoint_bytes, sum(size for _, size in file_sizes(saved)))
+        free, following = free_disk(run), self.state.global_step + self.config.save_every
+        if free < self.checkpoint_bytes and following <= self.state.max_steps:
+            tqdm.write(
+                f"the disk fills up: {run} has {gigabytes(free)} free, and checkpoint-{following} will need "
+                f"{gigabytes(self.checkpoint_bytes)}; {DISK_REMEDY} before step {following}, or the run ends there"
+            )

@@ -20,7 +20,7 @@ from modelscope_dolly.engine.step_timer import StepTimer
 from modelscope_dolly.errors import SettingError
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig
+    from modelscope_dolly.engine.network_config import NetworkConfig
 
 #: A sequence whose drafts did not pay gets another one after so many steps, then after twice as many, and so on.
 _FIRST_WAIT = 32
@@ -96,6 +96,7 @@ class DraftRun:
     def __init__(self, draft: DraftModel, runner: Runner, prefill_tokens: int):
         self.draft, self._runner, self._prefill_tokens = draft, runner, prefill_tokens
         self.cache = draft.net.new_cache()
+        runner.add_cache(self.cache, draft.net.cache_bytes)
 
     def seconds(self, sequences: int) -> float:
         """Of a step that drafts one token for each of `sequences`; by the networks' sizes until it is measured."""
@@ -153,7 +154,7 @@ class DraftRun:
         return self._runner.forward(self.draft.net, tokens, step, self.cache, self.draft.timer)
 
 
-def _weights(config: GPTNeoXConfig) -> int:
+def _weights(config: NetworkConfig) -> int:
     """About so many numbers are read in a step."""
     layer = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
     return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size

@@ -3,7 +3,10 @@
    y[m][n] = sum over k of x[m][k] * w[n][k] + bias[n], for m < M rows (tokens), n < N outputs, k < K inputs.
 
    How it works
-   1. int8 and int4: each row of x is quantised to whole numbers, q = round(x * 127 / max |x|), from -127 to 127.
+   1. int8 and int4: each row of x is quantised to whole numbers of 16 bits, q = round(x * 32512 / max |x|), which are
+      two signed bytes: q = 256 * high + low. Both are multiplied with the same weights, as if they were two rows, and
+      y = (256 * sum of high + sum of low) * factors. With one part there are 8 bits, q = round(x * 127 / max |x|): half
+      of the work, and the larger error where a few values of a row are much larger than the others.
    2. Their weights are whole numbers too, stored as unsigned numbers with an offset (128 or 8), because the instruction
       that multiplies four pairs of bytes and adds them up (vpdpbusd) wants one unsigned factor:
       sum q * w = sum q * (w + offset) - offset * sum q.
@@ -27,13 +30,20 @@ enum { NOTHING, GELU };     /* what is done to an output before it is stored */
 
 #define GROUP 128              /* inputs that share one scale in int4 */
 #define CHUNK_BYTES (2 << 20)  /* rows worked on between two readings of the weights: what a core's caches hold */
+#define BAND_BYTES (768 << 10) /* two bands of weights, of several panels: what a core's second cache holds beside rows */
 #define AHEAD 2048             /* bytes to fetch ahead in each stream of weights */
+/* So few rows are quantised by each thread for itself. Shared, their cache lines go from core to core and back in each
+   call: one row of 10240 inputs took 22 us more in 8 bits and 45 us in 16 (two cores, AVX-512), quantising takes 3. */
+#define OWN_ROWS 12
 #define NOT_FINITE 0x7f800000 /* bits of infinity; those of NaN are larger */
-#define SMALLEST 1e-30f        /* a row without a larger value counts as zero: 127 / max would overflow */
+#define SMALLEST 1e-30f        /* a row without a larger value counts as zero: 32512 / max would overflow */
+#define STEPS_8 127.0f         /* the largest value of a row quantised to one byte */
+#define STEPS_16 32512.0f      /* to two: 127 * 256, so that the high one is at most 127 */
 
 /* One call of dolly_linear. */
 typedef struct {
     int kind, bf16;         /* kind of weights; whether x and out are bfloat16, otherwise float */
+    int parts;              /* bytes of a quantised value of x: 1 or 2; 1 for bf16 weights */
     int activation;
     int64_t m, n, k;        /* k without padding */
     const void *x;          /* [M][K] */
@@ -42,24 +52,28 @@ typedef struct {
     const void *scales;
     const float *bias;      /* [N] or NULL */
     void *out;              /* [M][N] */
-    /* Rows as they are multiplied, in panels: [inputs / 4][rows][4] int8, or [inputs][rows] float for bf16. */
+    /* Rows as they are multiplied, in panels: [inputs / 4][rows][parts][4] int8, or [inputs][rows] float for bf16. */
     uint8_t *rows;
-    int64_t row_bytes;
+    int64_t row_bytes;      /* of all parts of a row */
     float *factors;         /* [M] value of one step of q */
-    int32_t *sums;          /* [M], or [M][groups] for int4: offset * sum of q */
+    int32_t *sums;          /* [M][parts], or [M][parts][groups] for int4: offset * sum of a part of q */
     int64_t groups;
     int64_t panels;
 } Call;
 
 typedef struct {
     int64_t first;
-    int rows;
+    int rows; /* of x */
+    int lines; /* rows * parts: what is multiplied */
+    /* While it multiplies one vector of weights it fetches what lies `ahead` bytes behind it, and then `pace` more. */
+    int64_t ahead, pace;
 } Panel;
 
 /* Rows are spread evenly, so that no panel is much lower than the others. */
-static Panel panel_of(int64_t m, int64_t panels, int64_t index) {
-    int64_t low = m / panels, higher = m % panels;
-    Panel panel = {index * low + (index < higher ? index : higher), (int)(low + (index < higher))};
+static Panel panel_of(const Call *c, int64_t index) {
+    int64_t low = c->m / c->panels, higher = c->m % c->panels;
+    int rows = (int)(low + (index < higher));
+    Panel panel = {index * low + (index < higher ? index : higher), rows, rows * c->parts, AHEAD, 64};
     return panel;
 }
 
@@ -89,10 +103,20 @@ INLINE AVX512 void store_512(void *out, int bf16, int64_t index, __mmask16 mask,
 
 INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
 
-/* Quantise one row into place `row` of a panel of `stride` rows; the inputs from k to `padded` become 0. Returns the
-   value of one step, NaN for a row that is not finite. sums: one number per `group` inputs, each times `offset`. */
-static AVX512 float quantise_row_512(const void *x, int bf16, int64_t from, int64_t k, int64_t padded, int32_t *q,
-                                     int64_t stride, int32_t *sums, int64_t group, int32_t offset) {
+/* The low bytes of 16 numbers, as `count` words that lie `stride` words apart. */
+INLINE AVX512 void put_words_512(int32_t *q, int64_t stride, __m512i numbers, int count) {
+    __m128i words = _mm512_cvtepi32_epi8(numbers);
+    q[0] = _mm_extract_epi32(words, 0);
+    if (count > 1) q[stride] = _mm_extract_epi32(words, 1);
+    if (count > 2) q[2 * stride] = _mm_extract_epi32(words, 2);
+    if (count > 3) q[3 * stride] = _mm_extract_epi32(words, 3);
+}
+
+/* Quantise one row into a panel of `stride` lines, of which it takes `parts` from `q` on; the inputs from k to `padded`
+   become 0. Returns the value of one step, NaN for a row that is not finite. sums: one number per `group` inputs for
+   each part [parts][groups], each times `offset`. */
+static AVX512 float quantise_row_512(const void *x, int bf16, int64_t from, int64_t k, int64_t padded, int parts,
+                                     int32_t *q, int64_t stride, int32_t *sums, int64_t group, int32_t offset) {
     const __m512i positive = _mm512_set1_epi32(0x7fffffff);
     __m512i largest = _mm512_setzero_si512(); /* as whole numbers: NaN is above infinity, infinity above the rest */
     for (int64_t i = 0; i < k; i += 16) {
@@ -103,26 +127,35 @@ static AVX512 float quantise_row_512(const void *x, int bf16, int64_t from, int6
     if (bits >= NOT_FINITE) k = 0; /* the factor says it; the numbers themselves have no whole number to become */
     float top;
     memcpy(&top, &bits, 4);
-    float inverse = top > SMALLEST ? 127.0f / top : 0.0f;
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < padded; i += 16) {
-        __m512 value = load_512(x, bf16, from + i, i < k ? first_lanes(k - i) : 0);
-        __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(value, _mm512_set1_ps(inverse)));
-        sum = _mm512_add_epi32(sum, whole);
-        __m128i bytes = _mm512_cvtepi32_epi8(whole);
-        int32_t words[4];
-        memcpy(words, &bytes, 16);
-        int64_t count = (padded - i + 3) / 4 < 4 ? (padded - i + 3) / 4 : 4;
-        for (int64_t j = 0; j < count; j++) q[(i / 4 + j) * stride] = words[j];
-        if ((i + 16) % group == 0 || i + 16 >= padded) {
-            if (sums) *sums++ = offset * _mm512_reduce_add_epi32(sum);
-            sum = _mm512_setzero_si512();
+    const float steps = parts == 2 ? STEPS_16 : STEPS_8;
+    const int64_t groups = (padded + group - 1) / group;
+    const __m512 inverse = _mm512_set1_ps(top > SMALLEST ? steps / top : 0.0f);
+    for (int64_t g = 0, i = 0; g < groups; g++) {
+        int64_t end = (g + 1) * group < padded ? (g + 1) * group : padded;
+        __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+        for (; i < end; i += 16) {
+            __m512 value = load_512(x, bf16, from + i, i < k ? first_lanes(k - i) : 0);
+            __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
+            int32_t *place = q + i / 4 * stride;
+            int count = end - i < 16 ? (int)(end - i) / 4 : 4;
+            if (parts == 2) {
+                __m512i high = _mm512_srai_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(128)), 8);
+                __m512i low = _mm512_sub_epi32(first, _mm512_slli_epi32(high, 8));
+                sum[1] = _mm512_add_epi32(sum[1], low);
+                put_words_512(place + 1, stride, low, count);
+                first = high;
+            }
+            sum[0] = _mm512_add_epi32(sum[0], first);
+            put_words_512(place, stride, first, count);
         }
+        for (int part = 0; sums && part < parts; part++)
+            sums[part * groups + g] = offset * _mm512_reduce_add_epi32(sum[part]);
     }
-    return bits >= NOT_FINITE ? widen(0x7fc0) : top > SMALLEST ? top / 127.0f : 0.0f;
+    return bits >= NOT_FINITE ? widen(0x7fc0) : top > SMALLEST ? top / steps : 0.0f;
 }
 
-/* From sums [rows][blocks][16] to outputs. Apart from the tiles, so that the compiler keeps their sums in registers. */
+/* From sums [rows][parts][blocks][16] to outputs. Apart from the tiles, so that the compiler keeps their sums in
+   registers. */
 static AVX512 __attribute__((noinline)) void finish_512(const Call *c, Panel p, int64_t block, int blocks,
                                                         const __m512i *sums) {
     for (int i = 0; i < p.rows; i++) {
@@ -130,12 +163,17 @@ static AVX512 __attribute__((noinline)) void finish_512(const Call *c, Panel p, 
         for (int b = 0; b < blocks; b++) {
             int64_t n = (block + b) * 16;
             __mmask16 mask = first_lanes(c->n - n);
-            __m512 value = _mm512_load_ps((const float *)(sums + i * blocks + b)), scale = _mm512_set1_ps(1.0f);
-            if (c->kind == INT8) {
-                __m512i whole = _mm512_sub_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(c->sums[row]));
-                value = _mm512_cvtepi32_ps(whole);
-                scale = _mm512_maskz_loadu_ps(mask, (const float *)c->scales + n);
+            __m512 part[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, scale = _mm512_set1_ps(1.0f);
+            for (int j = 0; j < c->parts; j++) {
+                part[j] = _mm512_load_ps((const float *)(sums + (i * c->parts + j) * blocks + b));
+                if (c->kind == INT8) {
+                    __m512i offset = _mm512_set1_epi32(c->sums[row * c->parts + j]);
+                    part[j] = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(part[j]), offset));
+                }
             }
+            __m512 value = part[0];
+            if (c->parts == 2) value = _mm512_fmadd_ps(part[0], _mm512_set1_ps(256.0f), part[1]);
+            if (c->kind == INT8) scale = _mm512_maskz_loadu_ps(mask, (const float *)c->scales + n);
             if (c->kind != BF16) value = _mm512_mul_ps(value, _mm512_set1_ps(c->factors[row]));
             __m512 bias = c->bias ? _mm512_maskz_loadu_ps(mask, c->bias + n) : _mm512_setzero_ps();
             value = _mm512_fmadd_ps(value, scale, bias);
@@ -152,11 +190,12 @@ INLINE AVX512 void tile_int8_512(const Call *c, Panel p, int64_t block, const in
         UNROLL for (int b = 0; b < blocks; b++) sum[i][b] = _mm512_setzero_si512();
     const int32_t *q = (const int32_t *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
-    for (int64_t k = 0; k < c->words; k++, q += rows, w += 16) {
+    const char *fetch = (const char *)w + p.ahead;
+    for (int64_t k = 0; k < c->words; k++, q += rows, w += 16, fetch += p.pace) {
         __m512i weight[4];
         UNROLL for (int b = 0; b < blocks; b++) {
             weight[b] = _mm512_loadu_si512(w + b * c->words * 16);
-            _mm_prefetch((const char *)(w + b * c->words * 16) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(fetch + b * c->words * 64, _MM_HINT_T0);
         }
         UNROLL for (int i = 0; i < rows; i++) {
             __m512i x = _mm512_set1_epi32(q[i]);
@@ -174,16 +213,18 @@ INLINE AVX512 void tile_int4_512(const Call *c, Panel p, int64_t block, const in
     const __m512i low = _mm512_set1_epi8(15);
     const int32_t *q = (const int32_t *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
+    const char *fetch = (const char *)w + p.ahead;
     const uint16_t *scales = (const uint16_t *)c->scales + block * c->groups * 16;
+    const int32_t *offsets = c->sums + p.first * c->parts * c->groups;
     for (int64_t group = 0; group < c->groups; group++) {
         __m512i sum[12][4];
         UNROLL for (int i = 0; i < rows; i++)
             UNROLL for (int b = 0; b < blocks; b++) sum[i][b] = _mm512_setzero_si512();
-        for (int word = 0; word < GROUP / 8; word++, q += 2 * rows, w += 16) {
+        for (int word = 0; word < GROUP / 8; word++, q += 2 * rows, w += 16, fetch += p.pace) {
             __m512i first[4], second[4];
             UNROLL for (int b = 0; b < blocks; b++) {
                 __m512i both = _mm512_loadu_si512(w + b * c->words * 16);
-                _mm_prefetch((const char *)(w + b * c->words * 16) + AHEAD, _MM_HINT_T0);
+                _mm_prefetch(fetch + b * c->words * 64, _MM_HINT_T0);
                 first[b] = _mm512_and_si512(both, low);
                 second[b] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
             }
@@ -197,8 +238,7 @@ INLINE AVX512 void tile_int4_512(const Call *c, Panel p, int64_t block, const in
         UNROLL for (int b = 0; b < blocks; b++) {
             __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scales + (b * c->groups + group) * 16)));
             UNROLL for (int i = 0; i < rows; i++) {
-                __m512i whole = _mm512_sub_epi32(sum[i][b],
-                                                 _mm512_set1_epi32(c->sums[(p.first + i) * c->groups + group]));
+                __m512i whole = _mm512_sub_epi32(sum[i][b], _mm512_set1_epi32(offsets[i * c->groups + group]));
                 float *place = total + 16 * (i * blocks + b);
                 _mm512_store_ps(place, _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, _mm512_load_ps(place)));
             }
@@ -215,11 +255,12 @@ INLINE AVX512 void tile_bf16_512(const Call *c, Panel p, int64_t block, const in
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     const float *x = (const float *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
-    for (int64_t k = 0; k < c->words; k++, x += 2 * rows, w += 16) {
+    const char *fetch = (const char *)w + p.ahead;
+    for (int64_t k = 0; k < c->words; k++, x += 2 * rows, w += 16, fetch += p.pace) {
         __m512 first[4], second[4];
         UNROLL for (int b = 0; b < blocks; b++) {
             __m512i both = _mm512_loadu_si512(w + b * c->words * 16);
-            _mm_prefetch((const char *)(w + b * c->words * 16) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(fetch + b * c->words * 64, _MM_HINT_T0);
             first[b] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
             second[b] = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
         }
@@ -236,8 +277,8 @@ INLINE AVX512 void tile_bf16_512(const Call *c, Panel p, int64_t block, const in
         UNROLL for (int b = 0; b < blocks; b++) _mm512_store_ps((float *)(done + i * blocks + b), sum[i][b]);
 }
 
-/* One panel times the outputs of the blocks from `block` to `end`. Few rows leave registers for four streams of weights
-   at a time, which are fetched faster than two. */
+/* One panel times the outputs of the blocks from `block` to `end`. Few lines leave registers for four streams of weights
+   at a time, which are fetched faster than two; int4 needs two registers for each. */
 #define TILES(kind, set, rows, blocks)                                      \
     for (; block + blocks <= end; block += blocks) {                        \
         tile_##kind##_##set(c, p, block, rows, blocks, done);               \
@@ -248,19 +289,19 @@ INLINE AVX512 void tile_bf16_512(const Call *c, Panel p, int64_t block, const in
         TILES(kind, set, rows, blocks)                                      \
         if (blocks > 1) TILES(kind, set, rows, 1)                           \
         break;
-#define BAND_512(kind)                                                                  \
+#define BAND_512(kind, of_5_and_6)                                                      \
     static AVX512 void band_##kind##_512(const Call *c, Panel p, int64_t block, int64_t end) { \
         __m512i done[24];                                                               \
-        switch (p.rows) {                                                               \
+        switch (p.lines) {                                                              \
             CASE(kind, 512, 1, 4) CASE(kind, 512, 2, 4) CASE(kind, 512, 3, 4)           \
-            CASE(kind, 512, 4, 4) CASE(kind, 512, 5, 4) CASE(kind, 512, 6, 4)           \
+            CASE(kind, 512, 4, 4) CASE(kind, 512, 5, of_5_and_6) CASE(kind, 512, 6, of_5_and_6) \
             CASE(kind, 512, 7, 2) CASE(kind, 512, 8, 2) CASE(kind, 512, 9, 2)           \
             CASE(kind, 512, 10, 2) CASE(kind, 512, 11, 2) CASE(kind, 512, 12, 2)        \
         }                                                                               \
     }
-BAND_512(int8)
-BAND_512(int4)
-BAND_512(bf16)
+BAND_512(int8, 4)
+BAND_512(int4, 2)
+BAND_512(bf16, 4)
 
 /* ---------------------------------------------------------------- AVX2 */
 
@@ -282,9 +323,14 @@ INLINE AVX2 __m128 load_128(const void *x, int bf16, int64_t index, int64_t coun
     return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
 }
 
+/* The low bytes of four numbers. */
+INLINE AVX2 int32_t low_bytes(__m128i numbers) {
+    return _mm_cvtsi128_si32(_mm_shuffle_epi8(numbers, _mm_set1_epi32(0x0c080400)));
+}
+
 /* As quantise_row_512. */
-static AVX2 float quantise_row_256(const void *x, int bf16, int64_t from, int64_t k, int64_t padded, int32_t *q,
-                                   int64_t stride, int32_t *sums, int64_t group, int32_t offset) {
+static AVX2 float quantise_row_256(const void *x, int bf16, int64_t from, int64_t k, int64_t padded, int parts,
+                                   int32_t *q, int64_t stride, int32_t *sums, int64_t group, int32_t offset) {
     __m128i largest = _mm_setzero_si128();
     for (int64_t i = 0; i < k; i += 4) {
         __m128i bits = _mm_castps_si128(load_128(x, bf16, from + i, k - i));
@@ -296,26 +342,33 @@ static AVX2 float quantise_row_256(const void *x, int bf16, int64_t from, int64_
     if (bits >= NOT_FINITE) k = 0;
     float top;
     memcpy(&top, &bits, 4);
-    float inverse = top > SMALLEST ? 127.0f / top : 0.0f;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < padded; i += 4) {
-        __m128 value = load_128(x, bf16, from + i, k - i);
-        __m128i whole = _mm_cvtps_epi32(_mm_mul_ps(value, _mm_set1_ps(inverse)));
-        int32_t parts[4];
-        memcpy(parts, &whole, 16);
-        sum += parts[0] + parts[1] + parts[2] + parts[3];
-        uint32_t word = 0;
-        for (int j = 0; j < 4; j++) word |= (uint32_t)(uint8_t)parts[j] << (8 * j);
-        q[i / 4 * stride] = (int32_t)word;
-        if ((i + 4) % group == 0 || i + 4 >= padded) {
-            if (sums) *sums++ = offset * sum;
-            sum = 0;
+    const float steps = parts == 2 ? STEPS_16 : STEPS_8;
+    const int64_t groups = (padded + group - 1) / group;
+    const __m128 inverse = _mm_set1_ps(top > SMALLEST ? steps / top : 0.0f);
+    for (int64_t g = 0, i = 0; g < groups; g++) {
+        int64_t end = (g + 1) * group < padded ? (g + 1) * group : padded;
+        __m128i sum[2] = {_mm_setzero_si128(), _mm_setzero_si128()};
+        for (; i < end; i += 4) {
+            __m128i first = _mm_cvtps_epi32(_mm_mul_ps(load_128(x, bf16, from + i, k - i), inverse));
+            if (parts == 2) {
+                __m128i high = _mm_srai_epi32(_mm_add_epi32(first, _mm_set1_epi32(128)), 8);
+                __m128i low = _mm_sub_epi32(first, _mm_slli_epi32(high, 8));
+                sum[1] = _mm_add_epi32(sum[1], low);
+                q[i / 4 * stride + 1] = low_bytes(low);
+                first = high;
+            }
+            sum[0] = _mm_add_epi32(sum[0], first);
+            q[i / 4 * stride] = low_bytes(first);
+        }
+        for (int part = 0; sums && part < parts; part++) {
+            memcpy(lanes, &sum[part], 16);
+            sums[part * groups + g] = offset * (lanes[0] + lanes[1] + lanes[2] + lanes[3]);
         }
     }
-    return bits >= NOT_FINITE ? widen(0x7fc0) : top > SMALLEST ? top / 127.0f : 0.0f;
+    return bits >= NOT_FINITE ? widen(0x7fc0) : top > SMALLEST ? top / steps : 0.0f;
 }
 
-/* As finish_512; sums [rows][2][8]. */
+/* As finish_512; sums [rows][parts][2][8]. */
 static AVX2 __attribute__((noinline)) void finish_256(const Call *c, Panel p, int64_t block, int blocks,
                                                       const __m256i *sums) {
     (void)blocks;
@@ -323,11 +376,14 @@ static AVX2 __attribute__((noinline)) void finish_256(const Call *c, Panel p, in
         int64_t row = p.first + i;
         for (int h = 0; h < 2; h++) {
             int64_t n = block * 16 + h * 8, count = c->n - n;
-            __m256 value = _mm256_load_ps((const float *)(sums + i * 2 + h)), scale = _mm256_set1_ps(1.0f);
-            if (c->kind == INT8) {
-                value = _mm256_cvtepi32_ps(_mm256_castps_si256(value));
-                scale = load_256(c->scales, 0, n, count);
+            __m256 part[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, scale = _mm256_set1_ps(1.0f);
+            for (int j = 0; j < c->parts; j++) {
+                part[j] = _mm256_load_ps((const float *)(sums + (i * c->parts + j) * 2 + h));
+                if (c->kind == INT8) part[j] = _mm256_cvtepi32_ps(_mm256_castps_si256(part[j]));
             }
+            __m256 value = part[0];
+            if (c->parts == 2) value = _mm256_fmadd_ps(part[0], _mm256_set1_ps(256.0f), part[1]);
+            if (c->kind == INT8) scale = load_256(c->scales, 0, n, count);
             if (c->kind != BF16) value = _mm256_mul_ps(value, _mm256_set1_ps(c->factors[row]));
             __m256 bias = c->bias ? load_256(c->bias, 0, n, count) : _mm256_setzero_ps();
             value = _mm256_fmadd_ps(value, scale, bias);
@@ -337,7 +393,8 @@ static AVX2 __attribute__((noinline)) void finish_256(const Call *c, Panel p, in
     }
 }
 
-/* sum += the four products in each 32-bit word of unsigned a and signed b; exact where |a[i] * b[i]| < 2^14. */
+/* sum += the four products in each 32-bit word of unsigned a and signed b; exact where |a[i] * b[i]| < 2^14: a byte of
+   x may be -128 (its size is then 128), one of the weights is at most 127 in size. */
 INLINE AVX2 __m256i multiply_add_256(__m256i sum, __m256i a, __m256i b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
 }
@@ -349,9 +406,10 @@ INLINE AVX2 void tile_int8_256(const Call *c, Panel p, int64_t block, const int 
     UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
     const int32_t *q = (const int32_t *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
-    for (int64_t k = 0; k < c->words; k++, q += rows, w += 16) {
+    const char *fetch = (const char *)w + p.ahead;
+    for (int64_t k = 0; k < c->words; k++, q += rows, w += 16, fetch += p.pace) {
         __m256i weight[2];
-        _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(fetch, _MM_HINT_T0);
         UNROLL for (int h = 0; h < 2; h++) /* without the offset: products of unsigned bytes would not fit 16 bits */
             weight[h] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)w + h), _mm256_set1_epi8((char)0x80));
         UNROLL for (int i = 0; i < rows; i++) {
@@ -372,12 +430,14 @@ INLINE AVX2 void tile_int4_256(const Call *c, Panel p, int64_t block, const int 
     const __m256i low = _mm256_set1_epi8(15);
     const int32_t *q = (const int32_t *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
+    const char *fetch = (const char *)w + p.ahead;
     const uint16_t *scales = (const uint16_t *)c->scales + block * c->groups * 16;
+    const int32_t *offsets = c->sums + p.first * c->parts * c->groups;
     for (int64_t group = 0; group < c->groups; group++) {
         __m256i sum[4][2];
         UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
-        for (int word = 0; word < GROUP / 8; word++, q += 2 * rows, w += 16) {
-            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+        for (int word = 0; word < GROUP / 8; word++, q += 2 * rows, w += 16, fetch += p.pace) {
+            _mm_prefetch(fetch, _MM_HINT_T0);
             UNROLL for (int h = 0; h < 2; h++) {
                 __m256i both = _mm256_loadu_si256((const __m256i *)w + h);
                 __m256i first = _mm256_and_si256(both, low);
@@ -391,7 +451,7 @@ INLINE AVX2 void tile_int4_256(const Call *c, Panel p, int64_t block, const int 
         UNROLL for (int h = 0; h < 2; h++) {
             __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + group * 16) + h));
             UNROLL for (int i = 0; i < rows; i++) {
-                __m256i offset = _mm256_set1_epi32(c->sums[(p.first + i) * c->groups + group]);
+                __m256i offset = _mm256_set1_epi32(offsets[i * c->groups + group]);
                 __m256 whole = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[i][h], offset));
                 float *place = total + 8 * (i * 2 + h);
                 _mm256_store_ps(place, _mm256_fmadd_ps(whole, scale, _mm256_load_ps(place)));
@@ -407,8 +467,9 @@ INLINE AVX2 void tile_bf16_256(const Call *c, Panel p, int64_t block, const int 
     UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     const float *x = (const float *)(c->rows + p.first * c->row_bytes);
     const uint32_t *w = c->weights + block * c->words * 16;
-    for (int64_t k = 0; k < c->words; k++, x += 2 * rows, w += 16) {
-        _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+    const char *fetch = (const char *)w + p.ahead;
+    for (int64_t k = 0; k < c->words; k++, x += 2 * rows, w += 16, fetch += p.pace) {
+        _mm_prefetch(fetch, _MM_HINT_T0);
         UNROLL for (int h = 0; h < 2; h++) {
             __m256i both = _mm256_loadu_si256((const __m256i *)w + h);
             __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
@@ -426,7 +487,7 @@ INLINE AVX2 void tile_bf16_256(const Call *c, Panel p, int64_t block, const int 
 #define BAND_256(kind)                                                                  \
     static AVX2 void band_##kind##_256(const Call *c, Panel p, int64_t block, int64_t end) {   \
         __m256i done[8];                                                                \
-        switch (p.rows) {                                                               \
+        switch (p.lines) {                                                              \
             CASE(kind, 256, 1, 1) CASE(kind, 256, 2, 1)                                 \
             CASE(kind, 256, 3, 1) CASE(kind, 256, 4, 1)                                 \
         }                                                                               \
@@ -438,12 +499,13 @@ BAND_256(bf16)
 /* ---------------------------------------------------------------- common */
 
 typedef void (*Band)(const Call *, Panel, int64_t, int64_t);
-typedef float (*Quantise)(const void *, int, int64_t, int64_t, int64_t, int32_t *, int64_t, int32_t *, int64_t, int32_t);
+typedef float (*Quantise)(const void *, int, int64_t, int64_t, int64_t, int, int32_t *, int64_t, int32_t *, int64_t,
+                          int32_t);
 
 static const Band BANDS[3][3] = {
     {0}, {band_int8_256, band_int4_256, band_bf16_256}, {band_int8_512, band_int4_512, band_bf16_512}};
 static const Quantise QUANTISE[3] = {0, quantise_row_256, quantise_row_512};
-static const int HIGHEST_PANEL[3] = {1, 4, 12};
+static const int MOST_LINES[3] = {2, 4, 12}; /* of a panel */
 static const int INPUTS_PER_WORD[3] = {4, 8, 2};
 
 /* The best level of this machine. */
@@ -466,45 +528,77 @@ static void prepare_panel(const Call *c, int level, Panel p) {
             for (int64_t k = 0; k < c->k; k++) values[k * p.rows] = value_at(c->x, c->bf16, row * c->k + k);
             for (int64_t k = c->k; k < inputs; k++) values[k * p.rows] = 0;
         } else {
-            c->factors[row] = QUANTISE[level](c->x, c->bf16, row * c->k, c->k, inputs, (int32_t *)panel + i, p.rows,
-                                              c->sums + row * c->groups, c->kind == INT4 ? GROUP : inputs,
+            c->factors[row] = QUANTISE[level](c->x, c->bf16, row * c->k, c->k, inputs, c->parts,
+                                              (int32_t *)panel + i * c->parts, p.lines,
+                                              c->sums + row * c->parts * c->groups, c->kind == INT4 ? GROUP : inputs,
                                               c->kind == INT4 ? 8 : 128);
         }
     }
 }
 
+/* Memory of all rows as they are multiplied, with their factors and sums: a multiple of a cache line. */
+static int64_t rows_bytes(const Call *c) {
+    return (c->m * (c->row_bytes + 4 + 4 * c->parts * c->groups) + 63) / 64 * 64;
+}
+
+static void own_rows(Call *c, uint8_t *memory) {
+    c->rows = memory;
+    c->factors = (float *)(memory + c->m * c->row_bytes);
+    c->sums = (int32_t *)(c->factors + c->m);
+}
+
+/* The first of several panels would wait for its weights from memory, the others would find them in the cache: so each
+   of them fetches its share of what the next band needs, and the memory is never idle. */
+static void fetch_next_band(const Call *c, Panel *p, int64_t band, int64_t index, int64_t panels) {
+    int64_t stream = c->words * 64;
+    p->ahead = band * stream + stream * index / panels;
+    p->pace = panels < 64 ? 64 / panels : 1;
+}
+
 static void work(const Call *c, int level) {
+    Call own = *c;
+    if (c->m <= OWN_ROWS) {
+        own_rows(&own, c->rows + omp_get_thread_num() * rows_bytes(c));
+        for (int64_t index = 0; index < c->panels; index++) prepare_panel(&own, level, panel_of(c, index));
+        c = &own;
+    } else {
 #pragma omp for schedule(static)
-    for (int64_t index = 0; index < c->panels; index++) prepare_panel(c, level, panel_of(c->m, c->panels, index));
+        for (int64_t index = 0; index < c->panels; index++) prepare_panel(c, level, panel_of(c, index));
+    }
     /* Outputs are split in one piece per thread, so that each reads its weights as long streams. */
     int64_t quads = (c->n + 63) / 64, blocks = (c->n + 15) / 16;
     int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     int64_t begin = quads * thread / threads * 4, end = quads * (thread + 1) / threads * 4;
     if (end > blocks) end = blocks;
-    int64_t chunk = CHUNK_BYTES / (c->row_bytes * HIGHEST_PANEL[level]);
+    int64_t chunk = CHUNK_BYTES / (c->row_bytes / c->parts * MOST_LINES[level]);
     if (chunk < 1) chunk = 1;
     for (int64_t first = 0; first < c->panels; first += chunk) {
         int64_t last = first + chunk < c->panels ? first + chunk : c->panels;
-        for (int64_t block = begin; block < end; block += 4)
-            for (int64_t index = first; index < last; index++)
-                BANDS[level][c->kind](c, panel_of(c->m, c->panels, index), block, block + 4 < end ? block + 4 : end);
+        int64_t band = last - first > 1 && 8 * c->words * 64 > BAND_BYTES ? 2 : 4;
+        for (int64_t block = begin; block < end; block += band)
+            for (int64_t index = first; index < last; index++) {
+                Panel p = panel_of(c, index);
+                if (last - first > 1) fetch_next_band(c, &p, band, index - first, last - first);
+                BANDS[level][c->kind](c, p, block, block + band < end ? block + band : end);
+            }
     }
 }
 
-/* Returns 0, or 1 when there is no memory for the quantised rows. level: at most dolly_level(). */
-int dolly_linear(int level, int kind, int bf16, int activation, int64_t m, int64_t n, int64_t k, const void *x,
-                 const uint32_t *weights, const void *scales, const float *bias, void *out, int threads) {
-    Call c = {.kind = kind, .bf16 = bf16, .activation = activation, .m = m, .n = n, .k = k, .x = x, .weights = weights, .scales = scales,
-              .bias = bias, .out = out};
+/* Returns 0, or 1 when there is no memory for the quantised rows. level: at most dolly_level(). parts: bytes of a
+   quantised value of x, 1 or 2; anything for bf16. */
+int dolly_linear(int level, int kind, int parts, int bf16, int activation, int64_t m, int64_t n, int64_t k,
+                 const void *x, const uint32_t *weights, const void *scales, const float *bias, void *out,
+                 int threads) {
+    Call c = {.kind = kind, .bf16 = bf16, .parts = kind == BF16 ? 1 : parts, .activation = activation, .m = m, .n = n,
+              .k = k, .x = x, .weights = weights, .scales = scales, .bias = bias, .out = out};
     c.groups = kind == INT4 ? (k + GROUP - 1) / GROUP : 1;
     c.words = kind == INT4 ? c.groups * (GROUP / 8) : (k + INPUTS_PER_WORD[kind] - 1) / INPUTS_PER_WORD[kind];
-    c.row_bytes = c.words * INPUTS_PER_WORD[kind] * (kind == BF16 ? 4 : 1);
-    c.panels = (m + HIGHEST_PANEL[level] - 1) / HIGHEST_PANEL[level];
-    uint8_t *memory = malloc(m * (c.row_bytes + 4 + 4 * c.groups));
+    c.row_bytes = c.words * INPUTS_PER_WORD[kind] * (kind == BF16 ? 4 : c.parts);
+    int most = MOST_LINES[level] / c.parts;
+    c.panels = (m + most - 1) / most;
+    uint8_t *memory = aligned_alloc(64, rows_bytes(&c) * (m <= OWN_ROWS ? threads : 1));
     if (!memory) return 1;
-    c.rows = memory;
-    c.factors = (float *)(memory + m * c.row_bytes);
-    c.sums = (int32_t *)(c.factors + m);
+    own_rows(&c, memory);
 #pragma omp parallel num_threads(threads)
     work(&c, level);
     free(memory);
@@ -518,7 +612,7 @@ void dolly_quantise(int level, int bf16, int64_t m, int64_t k, const void *x, in
     int64_t padded = (k + 3) / 4 * 4;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < m; row++)
-        factors[row] = QUANTISE[level](x, bf16, row * k, k, padded,
+        factors[row] = QUANTISE[level](x, bf16, row * k, k, padded, 1,
                                        (int32_t *)(q + row / panel * panel * padded) + row % panel, panel, 0, padded, 0);
 }
 
@@ -536,3 +630,6 @@ int dolly_threads(int threads) {
 int dolly_level(void) { return LEVEL_NONE; }
 
 #endif
+
+/* Counted up when the arguments of a function change: a library that was built before is then not called. */
+int dolly_interface(void) { return 2; }

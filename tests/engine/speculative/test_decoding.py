@@ -301,6 +301,29 @@ def draft_steps(engine: Engine) -> list[int]:
     return steps
 
 
+def test_the_drafts_cache_is_counted_before_admission_and_given_back_with_the_other(oracle, monkeypatch):
+    """Room for four sequences is room for two where a draft of the same size has keys and values of its own."""
+    engine, most = with_draft(oracle, random_model()), []
+    asked = [Request(list(range(1, 60)), 60, GREEDY) for _ in range(5)]  # 128 places each
+    expected = our_engine(oracle).generate(asked, 5)
+    room = 4 * 128 * engine.net.cache_bytes
+
+    def held() -> int:
+        return sum(cache.slots * cache.length * size for cache, size in engine._state.runner._caches())
+
+    def left(device) -> float:
+        return (room + 64) / 0.9 - held()
+
+    def count(net, inputs) -> None:
+        most.append(len(engine._state.scheduler.running))
+        assert held() <= room
+
+    monkeypatch.setattr("modelscope_dolly.engine.runner.free_memory", left)
+    engine.net.register_forward_pre_hook(count)
+    assert engine.generate(asked, 5) == expected
+    assert max(most) == 2 and held() == 0
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
 @pytest.mark.parametrize("seed", [0, 9])
 def test_any_draft_gives_the_tokens_of_plain_decoding(oracle, varied, plain, slots, seed):

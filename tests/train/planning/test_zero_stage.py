@@ -18,6 +18,7 @@ from tests.support.paths import ROOT
 from train.planning.hardware import CARDS, Hardware, gib
 from train.planning.memory import (
     GIB,
+    PROCESS,
     Job,
     activations,
     checkpoint_bytes,
@@ -367,7 +368,7 @@ def test_nothing_fits_names_figures_and_what_to_change():
         choose(job("12b"), Hardware.parse("1xFOO-5G,host=16G"))
     said = str(caught.value)
     assert "does not fit on 1xFOO-5G,host=16G: at the least, z3 + full offload needs 5.3 GiB per GPU" in said
-    assert "a smaller model or more GPUs (lora: {r: 16} does not fit either)" in said and "\n" not in said
+    assert "a smaller model or more GPUs (lora: {r: 16, bits: 4} does not fit either)" in said and "\n" not in said
     with pytest.raises(HardwareError, match=r"Change first: a smaller model or more GPUs$"):
         choose(job("12b", lora_rank=8), Hardware.parse("1xFOO-5G,host=16G"))
 
@@ -376,7 +377,7 @@ def test_cpu_trains_in_float32_without_sharding():
     choice = choose(job(), Hardware.parse("cpu,host=64G"))
     assert (choice.stage, choice.offload, choice.dtype) == (0, "none", "fp32") and "no GPU" in choice.reason
     live = activations(job().config, 2048, dtype="fp32").total
-    assert choice.taken.gpu == 0 and choice.taken.host == 16 * job().parameters + live
+    assert choice.taken.gpu == 0 and choice.taken.host == 16 * job().parameters + live + PROCESS
     assert choose(job(), Hardware.parse("cpu,host=64G"), zero_stage="2").stage == 2
     with pytest.raises(HardwareError, match=r"z0 needs .* host memory .*Change first: lora: .*; or a smaller model$"):
         choose(job("7b"), Hardware.parse("cpu,host=64G"))
@@ -411,14 +412,15 @@ def test_float32_on_gpus_needs_wider_weights_and_deepspeeds_copy():
 
 def test_disk_holds_the_kept_checkpoints_one_more_and_the_model():
     what = job("12b")
-    assert checkpoint_bytes(what.parameters) / GIB == pytest.approx(154, rel=0.01)
-    one, final = checkpoint_bytes(what.parameters), final_bytes(what.parameters)
+    assert checkpoint_bytes(what.parameters, 3) / GIB == pytest.approx(154, rel=0.01)
+    one, final = checkpoint_bytes(what.parameters, 3), final_bytes(what.parameters)
     assert final / GIB == pytest.approx(22.1, rel=0.01)
-    assert disk_need(what, steps=616, save_every=200, keep=2) == 3 * one + final
-    assert disk_need(what, steps=616, save_every=200, keep=20) == 4 * one + final
-    assert disk_need(what, steps=100, save_every=200, keep=2) == one + final
-    adapted = job("12b", lora_rank=16)
-    assert disk_need(adapted, 616, 200, 2) == 3 * 14 * adapted.adapters + final
+    assert disk_need(what, steps=616, save_every=200, keep=2, checkpoint=one) == 3 * one + final
+    assert disk_need(what, steps=616, save_every=200, keep=20, checkpoint=one) == 4 * one + final
+    assert disk_need(what, steps=100, save_every=200, keep=2, checkpoint=one) == one + final
+    assert [checkpoint_bytes(1, *way) for way in ((0, "bf16", False), (2, "bf16"), (2, "fp32"), (0, "fp32"))] == [
+        12, 16, 20, 16
+    ]  # fmt: skip
 
 
 def test_activations_are_kept_where_they_fit_and_only_then():
@@ -454,13 +456,16 @@ DOCUMENTED = ("1xH100-80G", "8xA100-80G", "8xA100-40G", "4xA10-24G", "8xV100-32G
 
 
 def table_row(machine: str) -> str:
-    """What is chosen for each size on a machine, and its need without spare; where that offloads, LoRA as well."""
+    """What is chosen for each size on a machine, and its need without spare; where that offloads, LoRA or QLoRA too."""
     cells = []
     for size in SIZES:
-        full, adapters = taken(job(size), machine), taken(job(size, lora_rank=LORA_RANK), machine)
+        full = taken(job(size), machine)
         parts = [f"{full.name}: {need(full)}"] if full else []
-        if adapters and (full is None or full.offload != "none"):
-            parts.append(f"LoRA {adapters.name}: {need(adapters)}")
+        if full is None or full.offload != "none":
+            for name, bits in (("LoRA", None), ("QLoRA", 4)):
+                if adapters := taken(job(size, lora_rank=LORA_RANK, lora_bits=bits), machine):
+                    parts.append(f"{name} {adapters.name}: {need(adapters)}")
+                    break
         cells.append("; or ".join(parts) or "does not fit")
     return f"| {machine} | {' | '.join(cells)} |"
 
@@ -481,6 +486,29 @@ def test_the_table_of_the_documentation_is_what_is_chosen(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith(tuple(f"| {machine} |" for machine in DOCUMENTED))]
     assert rows == [table_row(machine) for machine in DOCUMENTED]
+
+
+def test_adapters_are_never_split_by_zero_3():
+    hardware = Hardware.parse("4xA10-24G")
+    for job_of in (job("12b", lora_rank=16, lora_bits=4), job("12b", lora_rank=16, lora_bits=8)):
+        choice = choose(job_of, hardware)
+        assert choice.stage < 3 and all(row.stage < 3 for row in choice.candidates)
+    with pytest.raises(SettingError, match="zero_stage is '3', but lora works with zero_stage 0, 1 or 2: "):
+        choose(job("3b", lora_rank=16), hardware, zero_stage="3")
+    with pytest.raises(SettingError, match="offload is 'all', but lora works with zero_stage 0, 1 or 2"):
+        choose(job("3b", lora_rank=16), hardware, offload="all")
+    with pytest.raises(HardwareError, match=r"Change first: lora with bits: 4, which fits"):
+        choose(job("12b", lora_rank=16), hardware)
+
+
+def test_frozen_weights_take_their_bits():
+    what = job("12b", lora_rank=16)
+    linear = sum(math.prod(shape) for _, shape in what._matrices)
+    rest = 2 * (what.parameters - linear)
+    assert what.frozen() == 2 * what.parameters
+    assert job("12b", lora_rank=16, lora_bits=8).frozen() == linear + rest
+    assert job("12b", lora_rank=16, lora_bits=4).frozen() == pytest.approx(linear * (4 + 0.127) / 8 + rest, rel=1e-4)
+    assert job("12b").frozen() == 0
 
 
 def test_what_only_lora_or_nothing_can_train():

@@ -8,15 +8,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import GPTNeoXForCausalLM
 
 from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.checkpoint.adapter import write_base
 from modelscope_dolly.checkpoint.check import check_directory
+from modelscope_dolly.checkpoint.reader import open_checkpoint
 from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.errors import CheckpointError, SettingError
 from modelscope_dolly.evaluation import store
 from modelscope_dolly.evaluation.store import RunIdentity
 from tests.support.layouts import copy_2023_layout, plain_hf, shard
 from train.publishing import staging
+from train.publishing.adapter_staging import is_adapter, stage_adapter
 from train.publishing.publish_settings import PublishSettings
 from train.publishing.staging import list_files, stage
 
@@ -194,3 +198,45 @@ def test_only_an_evaluation_of_these_very_files_gets_into_the_card(final, tmp_pa
     results(manifest.model_digest(final, weight_files(final)), "final")
     card = (stage(final, TO, evaluation=tmp_path / "eval").directory / "README.md").read_text()
     assert "| me/tiny | n/a |" in card and "| another |" not in card and "| final |" not in card
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapter(checkpoint_dir, tmp_path) -> Path:
+    """The adapter of a run, as training leaves it."""
+    peft = pytest.importorskip("peft")
+    network = GPTNeoXForCausalLM.from_pretrained(checkpoint_dir)
+    model = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["dense"]))
+    directory = tmp_path / "run" / "adapter"
+    model.save_pretrained(directory)
+    write_base(directory, "/home/me/base", manifest.weights_digest(checkpoint_dir, weight_files(checkpoint_dir)))
+    manifest.write(directory)
+    return directory
+
+
+def test_an_adapter_is_a_revision_of_its_own_with_the_digest_of_its_base(adapter, checkpoint_dir):
+    staged = stage_adapter(adapter, TO)
+    assert is_adapter(adapter) and not is_adapter(checkpoint_dir)
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "base.json", "manifest.json"}
+    assert names(staged.directory) == set(staged.files) == files
+    card = (staged.directory / "README.md").read_text("utf-8")
+    digest = manifest.weights_digest(checkpoint_dir, weight_files(checkpoint_dir))
+    assert digest in card and 'adapter="me/tiny@v1.0.0"' in card and "library_name: peft" in card
+    assert "/home/me" not in card  # a folder of this machine
+    assert open_checkpoint(checkpoint_dir, adapter=staged.directory).adapter.base_digest == digest
+    assert stage_adapter(adapter, TO).files == staged.files
+
+
+def test_a_damaged_adapter_is_not_staged(adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="1 bytes, expected"):
+        stage_adapter(adapter, TO)
+    assert not (adapter.parent / "adapter.staged").exists()
+    (adapter / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="not a readable weights file"):
+        stage_adapter(adapter, TO)
+    (adapter / "base.json").unlink()
+    with pytest.raises(CheckpointError, match="an adapter is published with the digest of its base"):
+        stage_adapter(adapter, TO)

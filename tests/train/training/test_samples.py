@@ -15,7 +15,7 @@ from modelscope_dolly.load import load
 from tests.support.training_runs import STEPS, complete, material, needs_deepspeed, write_recipe
 from train.config import build
 from train.data.validate import TrainingRecord
-from train.training.report_page import samples_section
+from train.training.report_sections import samples_section
 from train.training.samples import SampleAnswer, Samples, as_text, send
 
 ASKED = [

@@ -27,7 +27,7 @@ from train.data.batch_plan import packed_plan
 from train.data.collate import IGNORED, PassDataset, packed_batch
 from train.data.padded import padded_batch, padded_plan
 from train.training import packed_attention as attention
-from train.training.callbacks import MetricsFile, SaveOnSignal, StopOnBadLoss
+from train.training.callbacks import MetricsFile, SaveAndStop, StopOnBadLoss
 from train.training.loss import CausalLMLoss, response_loss
 from train.training.schedule import schedule
 from train.training.trainer import DollyTrainer
@@ -293,7 +293,7 @@ def test_three_bad_losses_in_a_row_end_the_run(bad):
 
 def test_a_signal_lets_the_step_end_then_saves_and_stops():
     before = signal.getsignal(signal.SIGTERM)
-    stopper = SaveOnSignal()
+    stopper = SaveAndStop()
     try:
         arguments, state, control = step(3)
         stopper.on_step_end(arguments, state, control)

@@ -1,4 +1,4 @@
-"""report.md: what a finished run did, for people: records, losses, what the samples became, base beside result."""
+"""Paragraphs of report.md: what became of the records, what the samples became, base beside result."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from modelscope_dolly.compare.compare_report import PAGE_FILE, TABLE_FILE
 from modelscope_dolly.files import write_atomically
 from train.data.data_report import PROBLEMS_FILE, DataReport
 from train.training.before_after import FOLDER
-from train.training.report import PICTURE, summary
+from train.training.report import PICTURE
+from train.training.run_report import NAME
 from train.training.samples import SAMPLES_FILE
 
-REPORT = "report.md"
 
-
-def write_report(run: Path, data: DataReport) -> Path:
-    """Write the report of a run from what lies in its directory."""
-    parts = [f"# {run.name}", _block(summary(run))]
-    if (run / PICTURE).exists():
-        parts.append(f"![loss]({PICTURE})")
+def run_sections(run: Path, data: DataReport) -> list[str]:
+    """Paragraphs on the records and on the samples."""
+    parts = [f"![loss]({PICTURE})"] if (run / PICTURE).exists() else []
     parts += ["## Records", _block(str(data))]
     if (run / PROBLEMS_FILE).exists():
         parts.append(f"All of these are in [{PROBLEMS_FILE}]({PROBLEMS_FILE}).")
-    parts += samples_section(run / SAMPLES_FILE)
-    table = run / FOLDER / TABLE_FILE
+    return parts + samples_section(run / SAMPLES_FILE)
+
+
+def add_comparison(run: Path) -> None:
+    """Append the comparison with the base to the report, where there is one."""
+    table, report = run / FOLDER / TABLE_FILE, run / NAME
     if table.exists():
-        parts += ["## Before and after", _block(table.read_text("utf-8").rstrip("\n")),
-                  f"To read and mark: [{PAGE_FILE}]({FOLDER}/{PAGE_FILE})."]  # fmt: skip
-    write_atomically(run / REPORT, "\n\n".join(parts) + "\n")
-    return run / REPORT
+        parts = ["## Before and after", _block(table.read_text("utf-8").rstrip("\n")),
+                 f"To read and mark: [{PAGE_FILE}]({FOLDER}/{PAGE_FILE})."]  # fmt: skip
+        write_atomically(report, "\n\n".join([report.read_text("utf-8").rstrip("\n"), *parts]) + "\n")
 
 
 def samples_section(path: Path) -> list[str]:
