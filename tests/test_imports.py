@@ -19,7 +19,7 @@ PACKAGE, RECIPE = ROOT / "modelscope_dolly", ROOT / "train"
 ORDER = (
     "errors", "task_shapes", "files", "locks", "hardware", "prompt", "text_stream", "kernels", "engine",
     "generation_settings", "answer_requests", "generation", "structured", "checkpoint", "placement", "legacy_uploads",
-    "load", "server", "model", "pipeline", "batch", "evaluation", "benchmark", "web", "cli",
+    "load", "server", "model", "pipeline", "batch", "evaluation", "benchmark", "compare", "web", "cli",
 )  # fmt: skip
 #: The way from a prompt to its text.
 CORE = (
@@ -36,7 +36,8 @@ HUB_CLIENT = {"modelscope_dolly.checkpoint.download"}
 HEAVY = {"torch", "transformers", "modelscope", "accelerate", "datasets", "deepspeed", "lm_eval", "gradio"}
 LIGHT = ("", "errors", "files", "legacy_uploads", "prompt", "checkpoint.manifest", "cli.main", "benchmark",
          "evaluation", "evaluation.published", "evaluation.comparison", "evaluation.tables", "evaluation.task_data",
-         "evaluation.store", "evaluation.command", "benchmark.bench_options",
+         "evaluation.store", "evaluation.own_task_files", "evaluation.own_tasks", "evaluation.command", "compare",
+         "compare.held_out", "cli.compare", "benchmark.bench_options",
          "server", "server.server_settings", "web.launch", "web.words")  # fmt: skip
 
 
