@@ -19,7 +19,8 @@ RUN = [
     "tqdm>=4.60",
 ]
 TRAIN = ["deepspeed>=0.18", "peft>=0.17", "tensorboard>=2.16", "matplotlib>=3.8", "PyYAML>=6"]
-EVAL = ["lm_eval[hf]>=0.4.13,<0.5", "datasets>=3", "matplotlib>=3.8", "numpy>=1.26"]
+TRAIN += ["datasets>=3", "pyarrow>=18"]  # records from a hub, and in parquet files
+EVAL = ["lm_eval[hf]>=0.4.13,<0.5", "datasets>=3", "matplotlib>=3.8", "numpy>=1.26", "jinja2>=3"]
 GGUF = ["gguf>=0.19"]  # for dolly export
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "prometheus-client>=0.21"]  # for dolly serve
 WEB = ["gradio>=6"]  # for dolly web

@@ -85,6 +85,7 @@ def load(
     slots: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     adapter: str | Path | None = None,
+    add_keys: bool = False,
 ) -> Dolly:
     """Load a checkpoint directory.
 
@@ -106,6 +107,7 @@ def load(
         progress: called while the weights are read, with how many there are so far and in all.
         adapter: directory or hub id (owner/name, or owner/name@tag) of a LoRA adapter of this base model; it is merged
             while the weights are read, before they are quantised. Another base is refused.
+        add_keys: a base model will do; see checkpoint.reader.open_checkpoint.
 
     Raises:
         CheckpointError, HardwareError, SettingError.
@@ -123,7 +125,7 @@ def load(
     if threads is not None or chosen.value.type == "cpu":
         torch.set_num_threads(choose_threads(threads).value)
     located = locate_adapter(adapter) if adapter is not None else None
-    checkpoint = open_checkpoint(path, verify, wait=False, adapter=located)
+    checkpoint = open_checkpoint(path, verify, wait=False, adapter=located, add_keys=add_keys)
     with checkpoint.verified():
         return _load(checkpoint, chosen, dtype, device_map, verify, requested, draft, slots, progress)
 

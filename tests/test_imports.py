@@ -19,7 +19,7 @@ PACKAGE, RECIPE = ROOT / "modelscope_dolly", ROOT / "train"
 ORDER = (
     "errors", "task_shapes", "files", "locks", "hardware", "prompt", "text_stream", "kernels", "engine",
     "generation_settings", "answer_requests", "generation", "structured", "checkpoint", "placement", "legacy_uploads",
-    "load", "server", "model", "pipeline", "batch", "evaluation", "benchmark", "web", "cli",
+    "load", "server", "model", "pipeline", "batch", "evaluation", "benchmark", "compare", "web", "cli",
 )  # fmt: skip
 #: The way from a prompt to its text.
 CORE = (
@@ -30,13 +30,14 @@ CORE = (
 )  # fmt: skip
 #: What hangs on the core through protocols, put together in load.py.
 EXTRAS = ("structured", "engine.speculative", "engine.cuda_graphs", "engine.gpt_neox_fused", "kernels.quantized_linear",
-          "kernels.triton_decode", "checkpoint.quantize")  # fmt: skip
+          "kernels.triton_decode", "checkpoint.quantize", "checkpoint.adapter")  # fmt: skip
 REGISTRIES = {"modelscope_dolly", "modelscope_dolly.model", "modelscope_dolly.pipeline"}
 HUB_CLIENT = {"modelscope_dolly.checkpoint.download"}
 HEAVY = {"torch", "transformers", "modelscope", "accelerate", "datasets", "deepspeed", "lm_eval", "gradio"}
 LIGHT = ("", "errors", "files", "legacy_uploads", "prompt", "checkpoint.manifest", "cli.main", "benchmark",
          "evaluation", "evaluation.published", "evaluation.comparison", "evaluation.tables", "evaluation.task_data",
-         "evaluation.store", "evaluation.command", "benchmark.bench_options",
+         "evaluation.store", "evaluation.own_task_files", "evaluation.own_tasks", "evaluation.command", "compare",
+         "compare.held_out", "cli.compare", "benchmark.bench_options",
          "server", "server.server_settings", "web.launch", "web.words")  # fmt: skip
 
 

@@ -41,7 +41,8 @@ MODES = ("padded", "packed")
 PEAK = "peak.json"
 MOST_STEPS, MOST_PROCESSES = 10_000, 1024
 #: Settings that a measurement gives itself.
-_FIXED = {"save_every": str(10**9), "eval_every": "0", "report_to": "none", "resume": "no"}
+_FIXED = {"save_every": str(10**9), "eval_every": "0", "report_to": "none", "resume": "no", "patience": "0",
+          "final_from": "last", "max_hours": "0"}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,12 +12,13 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modelscope_dolly.errors import SettingError, one_line, unknown_name
+from train.data.entries import parse_entries
 from train.recipe_file import parse, problem, read_recipe, shown
 
 SCHEDULES = ("warmup", "cosine", "linear")
@@ -26,8 +27,16 @@ ZERO_STAGES = ("auto", "0", "1", "2", "3")
 OFFLOADS = ("auto", "none", "optimizer", "all")
 SWITCH = ("auto", "true", "false")
 FINAL_FROM = ("last", "best")
+#: peft's layer for new rows reads the weight of the embedding from outside of it, where ZeRO 3 has not gathered it.
+NO_SPLIT_ADAPTERS = (
+    "lora works with zero_stage 0, 1 or 2: ZeRO 3 splits the frozen weights, and peft needs the embedding whole; to "
+    "save memory set lora: {r: 16, bits: 4}"
+)
 #: A year and a bit.
 MOST_HOURS = 10_000
+MULTI_TURN = ("drop", "last")
+#: Most samples of a run: each is decoded at every evaluation.
+MOST_SAMPLES = 100
 _PACKED = "batches are always packed; python -m train.bench compares them with padded ones: remove this line"
 #: Settings of earlier versions -> what to do about them.
 REMOVED = {"batching": _PACKED, "padded_batch_size": _PACKED}
@@ -53,7 +62,9 @@ class TrainConfig:
 
     model: str = _option("", "base model: a directory or a hub id (required)")
     model_revision: str = _option("master", "tag or branch of the base model on the hub")
-    dataset: str = _option("", "records: a .jsonl, .json or .csv file, ms:OWNER/NAME or hf:OWNER/NAME (required)")
+    dataset: str | list = _option(
+        "", "records: a file, folder, glob, ms:OWNER/NAME or hf:OWNER/NAME, or a list of these (required)"
+    )
     columns: dict = _option(None, "our name -> the column's, for instance {instruction: question, response: answer}")
     output_dir: str = _option("", "directory of the run (required)")
     strict: bool = _option(False, "refuse to train when any record is unusable, instead of dropping it")
@@ -92,6 +103,16 @@ class TrainConfig:
     final_from: str = _option("last", "weights of final/: of the last step, or of the best checkpoint", FINAL_FROM)
     max_hours: float = _option(0.0, "end a start with a complete checkpoint before it has run so long; 0: no limit")
     publish: dict = _option(None, "publish the result, for instance {model_id: me/x, revision: v1.0.0}")
+    multi_turn: str = _option(
+        "drop", "conversations of several questions: drop, or last: take the last pair", MULTI_TURN
+    )
+    deduplicate: bool = _option(False, "drop records that equal or resemble an earlier one")
+    samples: int | list = _option(
+        0, "instructions that are answered at every evaluation: a list, or so many of the held-out records"
+    )
+    sample_tokens: int = _count(64, 1, 2**16, "longest answer to one of the samples, in tokens")
+    compare_records: int = _count(50, 0, 10**6, "held-out records that base and result answer in the end; 0: none")
+    compare_minutes: float = _option(10.0, "most time for that")
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values: for each the key, the value and what is allowed."""
@@ -112,6 +133,9 @@ class TrainConfig:
                 require(value <= most, key.name, f"at most {most:,}")
         for name in ("gradient_clip", "weight_decay"):
             require(getattr(self, name) >= 0, name, "at least 0")
+        if self.lora is not None:
+            require(self.zero_stage != "3", "zero_stage", f"0, 1, 2 or auto: {NO_SPLIT_ADAPTERS}")
+            require(self.offload != "all", "offload", f"none, optimizer or auto: {NO_SPLIT_ADAPTERS}")
         require(0 <= self.max_hours <= MOST_HOURS, "max_hours", f"at least 0 and at most {MOST_HOURS:,}")
         for name, wanted in (("patience", self.patience > 0), ("final_from", self.final_from == "best")):
             measured = self.eval_every > 0 and self.test_size > 0
@@ -120,9 +144,30 @@ class TrainConfig:
         require(self.adam_epsilon > 0, "adam_epsilon", "above 0")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        require(
+            0 < self.compare_minutes <= 10_000, "compare_minutes", "above 0, at most 10,000 (0 compare_records: none)"
+        )
         require(self.tokens_per_batch >= self.max_length - 1, "tokens_per_batch",
                 f"at least max_length - 1 = {self.max_length - 1}, or the longest records fit nowhere")  # fmt: skip
-        return problems
+        try:
+            if self.dataset:
+                parse_entries(self.dataset)
+        except SettingError as error:
+            problems.append(str(error))
+        return problems + list(_sample_problems(self.samples))
+
+
+def _sample_problems(samples: int | list) -> Iterator[str]:
+    """What is wrong with the setting `samples`."""
+    count = samples if isinstance(samples, int) else len(samples)
+    if not 0 <= count <= MOST_SAMPLES:
+        yield f"samples is {shown(samples)}, it must be 0 to {MOST_SAMPLES}, or a list of as many instructions"
+        return
+    for number, sample in enumerate([] if isinstance(samples, int) else samples, 1):
+        values = list(sample.values()) if isinstance(sample, dict) else [sample]
+        known = not isinstance(sample, dict) or ("instruction" in sample and set(sample) <= {"instruction", "context"})
+        if not known or not all(isinstance(value, str) and value.strip() for value in values):
+            yield f"entry {number} of samples is {shown(sample)}, it must be text or {{instruction: ..., context: ...}}"
 
 
 @dataclass(frozen=True)
@@ -193,8 +238,11 @@ def build(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -
 
 
 def _parse(key: dataclasses.Field, text: str) -> Any:
-    """The value of a flag: text as it stands (a path may have any character), anything else as in the file."""
-    if key.type == "str" or not text:
+    """The value of a flag: text as it stands (a path may have any character), anything else as in the file.
+
+    `dataset` is text, unless it begins with a bracket as a list or a map does.
+    """
+    if key.type == "str" or not text or (key.name == "dataset" and text[0] not in "[{"):
         return text
     try:
         return parse(text)
@@ -212,6 +260,10 @@ def _typed(key: dataclasses.Field, value: Any) -> Any:
         raise ValueError("it must be true or false")
     if expected == "int" and not (is_number and isinstance(value, int)):
         raise ValueError("it must be a whole number")
+    if expected == "str | list" and not isinstance(value, (str, list, dict)):
+        raise ValueError("it must be text, a map with path, or a list of these")
+    if expected == "int | list" and not (isinstance(value, list) or (is_number and isinstance(value, int))):
+        raise ValueError("it must be a whole number, or a list of instructions")
     if expected == "dict" and not (value is None or isinstance(value, dict)):
         raise ValueError("it must be {key: value, ...}")
     if expected == "float":

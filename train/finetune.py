@@ -4,12 +4,14 @@
     deepspeed --module train.finetune train/recipes/dolly-v2-3b.yaml              all GPUs of this machine
     torchrun --nproc-per-node 8 --module train.finetune train/recipes/dolly-v2-3b.yaml
 
-Reads from top to bottom: the run directory, records, batch plan, hardware, resuming, training, export, publishing.
+Reads from top to bottom: the run directory, records, batch plan, hardware, resuming, training, export, comparison,
+publishing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import signal
@@ -23,9 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.weights import weight_files
 from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.cli.streams import complain
@@ -34,6 +39,7 @@ from modelscope_dolly.files import check_disk
 from modelscope_dolly.locks import FileLock
 from train.config import Resolved, add_flags, resolve
 from train.data.collate import PassDataset
+from train.data.data_report import DataReport, RecordsRefused
 from train.distributed import check_agreement, is_first_process, launch_alone, print_first, rank, world_size
 from train.planning.hardware import Hardware
 from train.planning.memory import checkpoint_bytes, disk_need
@@ -42,6 +48,7 @@ from train.prepare import Batching, PreparedData, prepare
 from train.publish import after_training, before_training
 from train.publishing.run_metadata import describe_base
 from train.training.arguments import report_backends, training_arguments
+from train.training.before_after import compare_before_after
 from train.training.callbacks import MetricsFile, Progress, SaveAndStop, SpikeLog, StopOnBadLoss, StopWithoutLock
 from train.training.checkpoints import DISK_REMEDY, Origin, existing_checkpoint_bytes, step_of, writing
 from train.training.elastic_resume import AfterConversion, StartingPoint, convert_together, starting_point
@@ -49,11 +56,13 @@ from train.training.held_out import EarlyStopping, HeldOutLosses, best_checkpoin
 from train.training.lora import check_resume
 from train.training.model import export_model, load_base
 from train.training.report import METRICS, draw_loss, read_metrics, summary
+from train.training.report_sections import add_comparison, run_sections
 from train.training.resume_choice import ResumeChoice, choose_resume, origin_of
 from train.training.run_directory import FINAL, finish, prepare_directory
 from train.training.run_json import record_end, record_start
 from train.training.run_lock import locked
 from train.training.run_report import write_report
+from train.training.samples import Samples
 from train.training.trainer import DollyTrainer
 
 _PEER_EXITED = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
@@ -137,6 +146,9 @@ def run(resolved: Resolved) -> Path:
                 print_first(trained.why)
                 return output
             export(setup, trained, final)
+            del trained  # its memory is for the two models that are compared
+            if is_first_process():
+                look_back(setup, final)
         if publish:
             after_training(publish, final)
     return final
@@ -153,6 +165,7 @@ class Setup:
     resume: ResumeChoice
     start: StartingPoint
     checkpoint_bytes: int  # what one checkpoint will take
+    samples: Samples | None = None
 
 
 def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
@@ -166,8 +179,13 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     report_backends(config)
 
     # Records and batch plan.
-    data = prepare(config, world, batching)
+    try:
+        data = prepare(config, world, batching)
+    except RecordsRefused as error:
+        raise RecordsRefused(f"{error}{_all_problems(error.report, output)}") from None
     print_first(data.checked.report, ", ".join(f"{name} {value}" for name, value in data.plan.summary().items()))
+
+    samples = Samples(config, data.tokenizer, data.held_out_records) if config.samples else None
 
     # Memory and disk: what fits, and why.
     hardware, job = Hardware.of_this_run(output), data.job
@@ -193,7 +211,16 @@ def set_up(resolved: Resolved, batching: Batching | None = None) -> Setup:
     check_resume(data.lora, saved.path if saved else None)
     if start.stage != choice.stage:
         choice = choose(job, hardware, str(start.stage), **options)
-    return Setup(resolved, data, choice, origin, resume, start, checkpoint)
+    return Setup(resolved, data, choice, origin, resume, start, checkpoint, samples)
+
+
+def _all_problems(report: DataReport, output: Path) -> str:
+    """Write what is wrong with the records, and say where; the message has the first ten."""
+    if not is_first_process():
+        return ""
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        return f"; all of them are in {report.write_problems(output)}"
 
 
 class Trained(NamedTuple):
@@ -218,10 +245,13 @@ def train(setup: Setup, lock: FileLock | None = None, begun: float | None = None
     """
     config, data, choice, start = setup.resolved.config, setup.data, setup.choice, setup.start
     output = Path(config.output_dir)
+    weight_files(locate(config.model, config.model_revision))
     if is_first_process():
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
             prepare_directory(output, setup.resume)
+            if problems := data.checked.report.write_problems(output):
+                print(f"what is noted about the records is in {problems}")
             base = describe_base(config.model, config.model_revision, data.base)
             record_start(output / "run.json", setup.resolved, data, choice, base, setup.resume.checkpoint)
     if not sys.stderr.isatty():
@@ -247,7 +277,7 @@ def train(setup: Setup, lock: FileLock | None = None, begun: float | None = None
     passes = PassDataset(data.plan, data.examples, data.tokenizer.control.eos, data.batching.collate)
     trainer = DollyTrainer(
         config, passes, setup.checkpoint_bytes, data.held_out, setup.origin, losses if keeps_best(config) else None,
-        model=model, args=arguments, callbacks=callbacks,
+        setup.samples, model=model, args=arguments, callbacks=callbacks,
     )  # fmt: skip
     check_agreement((choice.stage, choice.offload, choice.dtype, choice.recompute))
     trainer.train(resume_from_checkpoint=str(start.path) if start.path else None)
@@ -278,12 +308,24 @@ def export(setup: Setup, trained: Trained, final: Path) -> None:
             # Before: where there is a final/, only publishing is left.
             draw_loss(final.parent)
             record_end(final.parent / "run.json", step_of(best) if best else trainer.state.global_step, lines)
-            write_report(final.parent, setup.resolved.config.warmup_steps, lines)
+            sections = run_sections(final.parent, setup.data.checked.report)
+            write_report(final.parent, setup.resolved.config.warmup_steps, lines, sections)
             export_model(trainer, state, setup.data, setup.choice.dtype, final, best)
         print(*lines, summary(final.parent), sep="\n")
         print(f"wrote {final}; try: dolly ask --model {final} 'Name three colours.'")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def look_back(setup: Setup, final: Path) -> None:
+    """Compare the result with its base."""
+    gc.collect()  # the trainer is gone, and its memory is for the two models
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    data = setup.data
+    compare_before_after(setup.resolved.config, data.base, final, data.held_out_records)
+    with writing(final.parent):
+        add_comparison(final.parent)
 
 
 if __name__ == "__main__":

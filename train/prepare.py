@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from modelscope_dolly.checkpoint.config import read_config
-from modelscope_dolly.checkpoint.download import locate
+from modelscope_dolly.checkpoint.download import SIDE_FILES, locate
 from modelscope_dolly.checkpoint.tokenizer import read_tokenizer
 from modelscope_dolly.engine.network_config import NetworkConfig
 from modelscope_dolly.errors import SettingError
@@ -20,7 +20,7 @@ from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan, packed_plan
 from train.data.collate import Example, packed_batch
 from train.data.sources import read_records
-from train.data.validate import CheckedRecords, check_records, split
+from train.data.validate import CheckedRecords, TrainingRecord, check_records, shown_in_an_epoch, split, with_split
 from train.planning.memory import Job
 from train.publishing.publish_settings import PublishSettings
 from train.training import packed_attention
@@ -55,6 +55,7 @@ class PreparedData:
         sha256: of the records as they were read.
         checked: the usable records and the report on all of them.
         examples, held_out: for training and for evaluation.
+        held_out_records: the texts of the latter.
         plan: for this number of processes.
         lora: settings of the adapters, if any are trained.
     """
@@ -67,6 +68,7 @@ class PreparedData:
     checked: CheckedRecords
     examples: list[Example]
     held_out: list[Example]
+    held_out_records: list[TrainingRecord]
     plan: BatchPlan
     lora: Lora | None
 
@@ -117,7 +119,7 @@ def prepare(config: TrainConfig, world: int, batching: Batching | None = None) -
         except SettingError as error:
             raise SettingError(f"publish: {error}") from None
     lora = read_lora(config.lora)
-    base = locate(config.model, config.model_revision)
+    base = locate(config.model, config.model_revision, SIDE_FILES)  # the weights when it is known that they fit
     network = read_config(base)
     tokenizer = read_tokenizer(base, add_keys=True)
     if lora:
@@ -127,15 +129,20 @@ def prepare(config: TrainConfig, world: int, batching: Batching | None = None) -
         raise SettingError(
             f"max_length is {config.max_length}, but {config.model} has {network.max_position_embeddings} positions"
         )
-    source = read_records(config.dataset, config.columns)
-    checked = check_records(source, tokenizer, config.max_length, config.strict)
+    sources = read_records(config.dataset, config.columns, config.seed)
+    checked = check_records(sources, tokenizer, config.max_length, config.strict, config.multi_turn, config.deduplicate)
+    train, test = split(len(checked.ids), config.test_size, config.seed)
+    checked = replace(checked, report=with_split(checked, test))
     examples, held_out = (
         [(checked.ids[i], checked.prompt_lengths[i]) for i in part]
-        for part in split(len(checked.ids), config.test_size, config.seed)
+        for part in (shown_in_an_epoch(train, checked.repeats), test)
     )
+    held_out_records = [checked.records[i] for i in test]
     batching = batching or packed(config)
     lengths = [len(ids) for ids, _ in examples]
     plan = batching.plan(lengths, config.seed, config.epochs, config.global_batch_size, world, batching.size)
     if config.max_steps:
         plan = plan.first_steps(config.max_steps)
-    return PreparedData(batching, base, network, tokenizer, source.sha256, checked, examples, held_out, plan, lora)
+    return PreparedData(
+        batching, base, network, tokenizer, sources.sha256, checked, examples, held_out, held_out_records, plan, lora
+    )

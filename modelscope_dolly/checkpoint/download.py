@@ -17,6 +17,8 @@ from modelscope_dolly.files import file_kind, path_of
 
 #: Files to download: no .py, and no pickles except the weights, which are read without running any code.
 DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md", "LICENSE*"]
+#: What is known of a model before its weights are downloaded.
+SIDE_FILES = [pattern for pattern in DOWNLOAD_PATTERNS if pattern != "*.safetensors"]
 #: Downloaded only where there is no safetensors file: many repositories hold the same weights in both formats.
 PICKLED_WEIGHTS = "pytorch_model*.bin"
 DEFAULT_REVISION = "master"
@@ -59,7 +61,7 @@ def locate_adapter(name: str | Path) -> Path:
     path = path_of("adapter", name)
     model, _, revision = path.partition("@")
     hub = file_kind(path) is None and HUB_ID.fullmatch(model)
-    return locate(model, revision or None, DOWNLOAD_PATTERNS[:2]) if hub else Path(path)
+    return locate(model, revision or None, ["*.json", "*.safetensors"]) if hub else Path(path)
 
 
 def locate_config(model: str, revision: str | None = None) -> Path:

@@ -88,6 +88,7 @@ def open_checkpoint(
     verify: bool | str = "always",
     wait: bool = True,
     adapter: str | Path | None = None,
+    add_keys: bool = False,
 ) -> Checkpoint:
     """Check everything but the values of the weights; with `verify` also the manifest, where there is one.
 
@@ -97,6 +98,7 @@ def open_checkpoint(
             verification.py), False none.
         wait: until the weight files have been hashed; otherwise read them in Checkpoint.verified.
         adapter: directory of an adapter to be merged while the weights are read.
+        add_keys: a base model will do: its tokenizer gets the three keys, as in training.
 
     With an adapter the directory is its base model, which need not know the keys of dolly: the vocabulary becomes that
     of training.
@@ -116,7 +118,7 @@ def open_checkpoint(
             raise_problems(manifest.differences(path, _side_files(path)))
         verification = Verification(path, files if verify else (), remember=verify is True)
         with verification.explaining_errors():
-            tokenizer = read_tokenizer(path, add_keys=adapter is not None)
+            tokenizer = read_tokenizer(path, add_keys=add_keys or adapter is not None)
             if adapter is None:
                 check_vocabulary(path, config, tokenizer)
             tensors = tensor_locations(path, config)

@@ -12,14 +12,28 @@ import sys
 from typing import Any, NoReturn
 
 from modelscope_dolly import __version__
-from modelscope_dolly.cli import ask, batch, bench, chat, check, eval, export, plan, quantize, score, serve, web
+from modelscope_dolly.cli import (
+    ask,
+    batch,
+    bench,
+    chat,
+    check,
+    compare,
+    eval,
+    export,
+    plan,
+    quantize,
+    score,
+    serve,
+    web,
+)
 from modelscope_dolly.cli.exit_codes import exit_code
 from modelscope_dolly.cli.parser import UsageParser
 from modelscope_dolly.errors import SettingError
 
 COMMANDS = {
     "ask": ask, "chat": chat, "batch": batch, "serve": serve, "web": web, "plan": plan, "check": check,
-    "quantize": quantize, "export": export, "bench": bench, "eval": eval, "score": score,
+    "quantize": quantize, "export": export, "bench": bench, "eval": eval, "score": score, "compare": compare,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`dolly eval`: the seven tasks of the dolly-v2 card on a model.
+"""`dolly eval`: the seven tasks of the dolly-v2 card on a model, and tasks of one's own.
 
 Tasks run one by one, so that each has the batch size that suits it, and its result is stored as soon as it is there.
 """
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -18,16 +18,21 @@ from pathlib import Path
 import torch
 
 from modelscope_dolly.errors import HardwareError, SettingError, shown, unknown_name
+from modelscope_dolly.evaluation import own_tasks as own_store
 from modelscope_dolly.evaluation import store
 from modelscope_dolly.evaluation.lm_eval_adapter import (
     CardLM,
     LoadedTask,
     SharedPrefixLM,
     card_tasks,
+    own_tasks,
     requests_and_gold,
     score,
+    score_own,
 )
 from modelscope_dolly.evaluation.model_under_test import ModelUnderTest, find_model, load_network, load_tokenizer
+from modelscope_dolly.evaluation.own_task_files import own_name
+from modelscope_dolly.evaluation.own_tasks import OwnTaskResult
 from modelscope_dolly.evaluation.published import TASK_BY_NAME, TASK_NAMES
 from modelscope_dolly.evaluation.shared_prefix import MODEL_TYPES
 from modelscope_dolly.evaluation.store import RunIdentity, TaskResult
@@ -47,6 +52,7 @@ class EvalSettings:
     model: str
     revision: str | None = None
     tasks: Sequence[str] = TASK_NAMES
+    own: Sequence[str] = ()
     limit: int | None = None
     data: Path | None = None
     batch_size: str = "auto"
@@ -59,7 +65,10 @@ class EvalSettings:
 
     def check(self) -> None:
         """Raises SettingError for the first value that cannot be."""
-        check_tasks(self.tasks)
+        if self.tasks or not self.own:
+            check_tasks(self.tasks)
+        for task in self.own:
+            own_name(task)
         if self.limit is not None and self.limit < 1:
             raise SettingError(f"--limit is {shown(self.limit)}, it must be at least 1")
         if self.batch_size != "auto" and not re.fullmatch(r"[1-9][0-9]{0,8}", self.batch_size):
@@ -112,6 +121,45 @@ def evaluate(settings: EvalSettings) -> list[TaskResult]:
             results[name] = result
             _log(_summary(result))
     return list(results.values())
+
+
+def evaluate_own(settings: EvalSettings) -> list[OwnTaskResult]:
+    """Score the model on each of `settings.own` that is not stored yet, and store it; returns all of them.
+
+    By lm-eval's own scorer, which knows every kind of task.
+
+    Raises:
+        SettingError, CheckpointError, HardwareError: one line that says what to change.
+    """
+    settings.check()
+    settings = replace(settings, scorer="hf")
+    with own_tasks(settings.own) as tasks:
+        generated = [name for name, loaded in tasks.items() if loaded.task.OUTPUT_TYPE != "multiple_choice"]
+        if generated and settings.template != "none":
+            raise SettingError(f"--template {settings.template} is for multiple choice alone, not for {generated[0]}")
+        model = find_model(settings.model, settings.revision, settings.device, settings.dtype)
+        run = identify(model, settings)
+        found = {name: own_store.find(settings.output, run, name, loaded.data, loaded.version)
+                 for name, loaded in tasks.items()}  # fmt: skip
+        missing = [name for name, result in found.items() if result is None]
+        lm = open_lm(model, settings, run.scorer) if missing else None
+        for name in missing:
+            loaded = tasks[name]
+            try:
+                metrics, errors, samples = score_own(lm, loaded.task, run.limit)
+            except torch.cuda.OutOfMemoryError:
+                raise HardwareError(
+                    f"{name}: the memory of {lm.device} was full at --batch-size {run.batch_size}; use a smaller number"
+                ) from None
+            size = len({sample["doc_id"] for sample in samples})
+            finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            result = OwnTaskResult(name, run, loaded.data, loaded.version, size, metrics, errors, finished)
+            own_store.write(settings.output, result, samples)
+            found[name] = result
+            _log(
+                f"{name}: {', '.join(f'{metric} {value:.6g}' for metric, value in metrics.items())} ({size} documents)"
+            )
+    return [result for result in found.values() if result is not None]
 
 
 def identify(model: ModelUnderTest, settings: EvalSettings) -> RunIdentity:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from modelscope_dolly.errors import SettingError, one_line
+from modelscope_dolly.errors import SettingError, one_line, unknown_name
+from modelscope_dolly.evaluation.own_task_files import check_yaml, is_file_name, own_name, read_own_rows
+from modelscope_dolly.evaluation.published import TASK_NAMES
 from modelscope_dolly.evaluation.shared_prefix import Scorer, TokenCounts
 from modelscope_dolly.evaluation.task_data import data_file, read_rows
-from modelscope_dolly.files import file_sha256
+from modelscope_dolly.files import file_sha256, path_of
 from modelscope_dolly.prompt import DollyTokenizer
 
 try:
@@ -76,6 +79,118 @@ def card_tasks(names: Sequence[str], data: Path | None) -> Iterator[dict[str, Lo
             identity = file_sha256(files[name]) if name in files else f"hub:{_rows_sha256(task)}"
             tasks[name] = LoadedTask(task, identity, str(task.VERSION))
         yield tasks
+
+
+@contextmanager
+def own_tasks(tasks: Sequence[str]) -> Iterator[dict[str, LoadedTask]]:
+    """Tasks that are not of the card, by the names of their results: of a file, or by a name of lm-eval.
+
+    Their templates are Jinja's, in its sandbox: a file of questions cannot reach beyond its own text.
+
+    Raises:
+        SettingError: a bad file, a name that lm-eval has not, or data that cannot be had.
+    """
+    found: dict[str, LoadedTask] = {}
+    with tempfile.TemporaryDirectory(prefix="dolly-eval-") as temporary, _sandboxed(), _lean():
+        for task in tasks:
+            name, path = own_name(task), Path(path_of("task", task))
+            if not is_file_name(task):
+                loaded, identity = _built_in(task), None
+            elif path.suffix.lower() == ".jsonl":
+                rows = read_own_rows(path)
+                file = Path(temporary) / f"{name}.yaml"
+                file.write_text(json.dumps(_own_task_file(Path(temporary), name, rows)), "utf-8")
+                loaded, identity = _load(str(file), task), file_sha256(path)
+            else:
+                check_yaml(path)
+                loaded, identity = _load(str(path), task), f"file:{file_sha256(path)}"
+            for part, one in loaded.items():
+                result = name if len(loaded) == 1 else own_name(part)
+                if result in found:
+                    raise SettingError(f"--tasks names {result} twice; rename one of the files")
+                found[result] = LoadedTask(one, identity or f"hub:{_rows_sha256(one)}", str(one.VERSION))
+        yield found
+
+
+def _built_in(name: str) -> dict[str, Any]:
+    """Tasks of lm-eval by the name of one, or of a group; the index of all of them takes seconds."""
+    pattern = re.compile(rf"^[\s-]*(?:task|group|tag):[\s-]*[\"']?{re.escape(name)}[\"']?\s*$", re.MULTILINE)
+    folder = Path(lm_eval.__file__).parent / "tasks"
+    homes = {file.parent for file in folder.rglob("*.yaml") if pattern.search(file.read_text("utf-8", "replace"))}
+    homes |= {file.parent for file in folder.rglob("_*.yaml") if file.stem.lstrip("_") == name}
+    if not homes:
+        raise SettingError(
+            f"{unknown_name('task', name, TASK_NAMES)}, a task of lm-eval (lm-eval ls tasks), or a file of questions "
+            "ending in .jsonl or .yaml"
+        )
+    return _load(name, name, sorted(homes))
+
+
+def _load(spec: str, name: str, folders: Sequence[Path] = ()) -> dict[str, Any]:
+    """lm-eval's tasks behind a name or a file."""
+    try:
+        manager = TaskManager(include_path=list(folders) or None, include_defaults=False)
+        tasks = manager.load(spec)["tasks"]
+        for task in tasks.values():
+            if not len(task.eval_docs):
+                raise ValueError("no documents")
+        return tasks
+    except Exception as error:  # of lm-eval, its YAML, datasets, the network
+        where = "its data set cannot be had" if folders else "not a task of lm-eval that can be loaded"
+        raise SettingError(f"{name}: {where} ({type(error).__name__}: {one_line(error, 160)})") from None
+
+
+def _own_task_file(directory: Path, name: str, rows: list[dict]) -> dict:
+    """lm-eval's task over the rows of own_task_files.read_own_rows."""
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    data = {"data_files": {"test": str(directory / f"{name}.jsonl")}, "cache_dir": str(directory / "cache")}
+    task = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test",
+            "doc_to_text": "{{prompt}}", "doc_to_target": "answer", "metadata": {"version": 1}}  # fmt: skip
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    if "choices" in rows[0]:
+        metrics = [{"metric": metric, **mean} for metric in ("acc", "acc_norm")]
+        return {**task, "output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": metrics}
+    match = {"metric": "exact_match", **mean, "ignore_case": True, "ignore_punctuation": True}
+    settings = {"until": ["\n"], "do_sample": False, "max_gen_toks": 64}
+    # Whatever stands before or after the answer on its line is not counted as a difference.
+    strip = [{"name": "line", "filter": [{"function": "regex", "regex_pattern": r"^\s*(.*?)\s*$"},
+                                         {"function": "take_first"}]}]  # fmt: skip
+    return {**task, "output_type": "generate_until", "generation_kwargs": settings, "metric_list": [match],
+            "filter_list": strip}  # fmt: skip
+
+
+def score_own(lm: CardLM, task: Any, limit: int | None) -> tuple[dict[str, float], dict[str, float | None], list[dict]]:
+    """lm-eval's metrics of any task, their standard errors, and its samples in the order of the documents."""
+    name = task.config.task
+    with _sandboxed(), _lean():
+        results = lm_eval.evaluate(
+            lm, {"tasks": {name: task}, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=100,
+            log_samples=True,
+        )  # fmt: skip
+    found = {key: value for key, value in results["results"][name].items() if isinstance(value, (int, float))}
+    metrics = {key.removesuffix(",none"): float(value) for key, value in found.items()
+               if "," in key and "_stderr," not in key}  # fmt: skip
+    errors = {key.replace("_stderr,", ",").removesuffix(",none"): float(value) for key, value in found.items()
+              if "_stderr," in key}  # fmt: skip
+    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    kept = ("doc_id", "doc", "target", "filtered_resps", "filter")
+    return metrics, errors, [{key: sample[key] for key in kept if key in sample} for sample in samples]
+
+
+@contextmanager
+def _sandboxed() -> Iterator[None]:
+    """lm-eval renders templates of task files with all of Python within reach; here in Jinja's sandbox."""
+    import lm_eval.utils
+    from jinja2.sandbox import SandboxedEnvironment
+
+    plain = lm_eval.utils.env
+    sandbox = SandboxedEnvironment(loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=True)
+    sandbox.filters.update(plain.filters)
+    lm_eval.utils.env = sandbox
+    try:
+        yield
+    finally:
+        lm_eval.utils.env = plain
 
 
 def _task_file(directory: Path, name: str, rows: list[dict] | None) -> dict:

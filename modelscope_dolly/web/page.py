@@ -16,6 +16,8 @@ from modelscope_dolly.web.words import EXAMPLES, LANGUAGES, WORDS, preferred_lan
 
 #: Questions that may wait for a free slot; whoever comes after them is told that the queue is full.
 QUEUE = 128
+#: Language that the page is sent in, before it is known what the reader's is.
+START = "en"
 _DEFAULTS = GenerationSettings()
 #: Name of a setting -> component and what it starts with.
 SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -77,7 +79,7 @@ class Labels:
 
     def component(self, kind: type, keys: dict[str, str], **fixed: Any) -> Any:
         """A component; `keys` says which of its properties hold which text."""
-        made = kind(**self._texts(keys, "en"), **fixed)
+        made = kind(**self._texts(keys, START), **fixed)
         self._keys[made] = keys
         return made
 
@@ -106,7 +108,7 @@ def build(text_generator: TextGenerator) -> gr.Blocks:
         with gr.Row(elem_id="heading"):
             gr.HTML("<h1>dolly</h1>", elem_id="title")
             language = gr.Radio(
-                [(shown, code) for code, shown in LANGUAGES.items()], value="en", container=False, elem_id="language"
+                [(shown, code) for code, shown in LANGUAGES.items()], value=START, container=False, elem_id="language"
             )
         make(gr.Markdown, {"value": "intro"})
         instruction = make(
@@ -126,9 +128,9 @@ def build(text_generator: TextGenerator) -> gr.Blocks:
         )  # fmt: skip
         told = gr.HTML(elem_id="status")
         examples = gr.Dataset(
-            label=WORDS["en"]["examples"], components=[gr.Textbox(visible=False), gr.Textbox(visible=False)],
+            label=WORDS[START]["examples"], components=[gr.Textbox(visible=False), gr.Textbox(visible=False)],
             samples=[[question, text] for _, _, question, text in EXAMPLES], layout="gallery", type="index",
-            sample_labels=example_labels("en"), elem_id="examples",
+            sample_labels=example_labels(START), elem_id="examples",
         )  # fmt: skip
         with make(gr.Accordion, {"label": "settings"}, open=False, elem_id="settings"), gr.Row(elem_id="fields"):
             fields = {
@@ -156,6 +158,8 @@ def build(text_generator: TextGenerator) -> gr.Blocks:
 
         def at_first(request: gr.Request) -> list:
             code = preferred_language(request.headers.get("accept-language"))
+            if code == START:  # nothing to change, and perhaps the reader has switched already
+                return [gr.skip()] * (1 + len(changed))
             return [code, *in_language(code)]
 
         changed = [*labels.components, examples]

@@ -89,7 +89,8 @@ def explain(
         return words["empty"]
     if isinstance(error, PromptError):
         try:
-            tokens = len(text_generator.tokenizer.encode(instruction, context or None))
+            prompt = parse_input({"instruction": instruction, "context": context})
+            tokens = len(text_generator.tokenizer.encode(prompt.instruction, prompt.context))
         except DollyError:  # text that is not Unicode
             tokens = 0
         if tokens >= text_generator.engine.window:

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXForCausalLM
 
-from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.checkpoint import download, manifest
 from modelscope_dolly.checkpoint.adapter import BASE, CONFIG, WEIGHTS, check_alone
+from modelscope_dolly.checkpoint.download import locate_adapter
 from modelscope_dolly.checkpoint.reader import open_checkpoint
 from modelscope_dolly.checkpoint.writer import export_checkpoint
 from modelscope_dolly.cli.main import main
@@ -252,6 +253,15 @@ def test_rank_stabilised_adapters_are_scaled_as_peft_does(checkpoint_dir, tmp_pa
     tensors = dict(open_checkpoint(checkpoint_dir, adapter=tmp_path / "adapter").read_tensors())
     name = "gpt_neox.layers.1.attention.dense.weight"
     torch.testing.assert_close(tensors[name], merged.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_of_a_hub_is_named_with_its_tag(adapter, monkeypatch):
+    asked = []
+    monkeypatch.setattr(download, "_download", lambda *wanted: asked.append(wanted) or adapter)
+    assert locate_adapter("me/adapter@v1.0.0") == locate_adapter("me/adapter") == adapter
+    assert [(model, revision) for model, revision, _ in asked] == [("me/adapter", "v1.0.0"), ("me/adapter", "master")]
+    assert all(".bin" not in pattern for _, _, patterns in asked for pattern in patterns)
+    assert locate_adapter(str(adapter)) == adapter and len(asked) == 2
 
 
 def test_an_adapter_alone_says_what_it_is(adapter):

@@ -75,6 +75,7 @@ COMMANDS = {
         "--new-tokens", "--mixed", "--slots", "--seed", "--peers", "--gguf", "--data", "--records", "--tokenizer",
         "--keep", "--cold", "--quality", "--lookup", *SHARED,
     )),
+    "compare": ((1, 2), ("--data", "--records", "--max-new-tokens", "--minutes", "--output", "--dtype", *SHARED)),
     "eval": ((0, 1), ("--tasks", "--limit", "--data", "--batch-size", "--output", "--row", "--published", *SHARED)),
 }  # fmt: skip
 #: What a shell does to the streams of a command.

@@ -48,8 +48,9 @@ WORDS = [
     "''", '"', "'", "#", ": ", "- ", ", ", "]", "}", "/dev/null", "/dev/full", "/proc/self/mem", "..", "/", "~nobody",
     "a" * 5000, "{r: 16}", "{r: 8, bits: 4}", "best",
     "{r: 8, bits: 3, targets: [dense, 5]}", "{r: 8, targets: {}}", "{r: 1e9, alpha: " + "9" * 400 + "}",
-    "{instruction: 5}",
-    "{model_id: me/x, revision: 1.0}", "ms:x/y@", "hf:./none", "auto", "none", "0", "1", "2", "3", "-1",
+    "{instruction: 5}", "{model_id: me/x, revision: 1.0}", "[a.jsonl, {path: b.csv, share: 2}]",
+    "{path: ., repeat: 1e9}", "[{context: a}]", "{path: none.csv, share: .5, columns: {messages: 5}}", "[[]]", "/**",
+    "*.[", "last", "ms:x/y@", "hf:./none", "auto", "none", "0", "1", "2", "3", "-1",
 ]  # fmt: skip
 HARDWARE = [
     "cpu", "cpu,host=1T", "8xA100-80G", "99999xT4-16G", "9999999xA10-24G", "0xA10-24G", "٣xA100-80G",
@@ -63,7 +64,22 @@ values = st.recursive(
         st.lists(inner, max_size=3).map(lambda parts: f"[{', '.join(parts)}]")
         | st.dictionaries(
             st.sampled_from(
-                ["r", "alpha", "dropout", "targets", "bits", "instruction", "model_id", "revision", "token"]
+                [
+                    "r",
+                    "alpha",
+                    "dropout",
+                    "instruction",
+                    "model_id",
+                    "revision",
+                    "token",
+                    "targets",
+                    "bits",
+                    "path",
+                    "share",
+                    "repeat",
+                    "columns",
+                    "context",
+                ]
             )
             | words,
             inner,
@@ -122,6 +138,9 @@ def every_word() -> None:
                     "learning_rate",
                     "lora",
                     "model",
+                    "dataset",
+                    "samples",
+                    "multi_turn",
                     "patience",
                     "max_hours",
                     "final_from",
@@ -136,7 +155,7 @@ class Planned(DollyError):
     """All that comes before the training went well."""
 
 
-def refuse_to_train(setup, lock=None):
+def refuse_to_train(setup, lock=None, begun=None):
     raise Planned("planned")
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from train.data.sources import FIELDS, Source
+from train.data.layouts import FIELDS
+from train.data.sources import Sources
 
 BOM = b"\xef\xbb\xbf"
 GOOD = {"instruction": "What is dew?", "context": "", "response": "Water."}
@@ -42,5 +43,5 @@ def as_csv(rows: list[dict], header=FIELDS, **options) -> str:
     return file.getvalue()
 
 
-def values(source: Source) -> list:
+def values(source: Sources) -> list:
     return [row.value for row in source.rows]

@@ -47,6 +47,7 @@ RECIPE = {
     "eval_every": 4,
     "report_to": "none",
     "checkpoint_activations": False,
+    "compare_records": 0,  # tests/train/training/test_before_after.py does it once
 }
 STEPS = 16
 LIMIT = 120  # seconds until a run counts as hanging

@@ -30,6 +30,7 @@ from tests.support.training_runs import (
 )
 from train import finetune, prepare
 from train.bench import padded
+from train.data.data_report import PROBLEMS_FILE
 from train.finetune import main
 from train.training.checkpoints import writing
 
@@ -223,7 +224,10 @@ EMPTY = {"instruction": "", "response": "Red."}
 GOOD = {"instruction": "Name a colour.", "response": "Red."}
 MISTAKES = {
     "no record file": lambda at: (["--dataset", f"{at}/none.jsonl"], "none.jsonl' cannot be read"),
-    "no usable record": lambda at: (["--dataset", jsonl(at / "r.jsonl", EMPTY, EMPTY)], "none of the 2 records"),
+    "no usable record": lambda at: (
+        ["--dataset", jsonl(at / "r.jsonl", EMPTY, EMPTY)],
+        "none of the 2 records is usable",
+    ),
     "strict": lambda at: (
         ["--dataset", jsonl(at / "r.jsonl", *[GOOD] * 20, EMPTY), "--strict", "true"],
         "1 of 21 records are unusable (empty_instruction 1): line 21",
@@ -267,7 +271,8 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(tmp_path, 
         pytest.skip("there is a GPU")
     flags, says = mistake(tmp_path)
     assert says in refused(capfd, [str(write_recipe(tmp_path)), *flags])
-    assert not (tmp_path / "run").exists()
+    left = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert left == ({PROBLEMS_FILE} if "are unusable" in says or "is usable" in says else set())
 
 
 RECIPES = {

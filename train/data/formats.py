@@ -1,4 +1,7 @@
-"""The bytes of a .jsonl, .json or .csv file -> rows. A row that cannot be read stays in the list, with its problem."""
+"""A .jsonl, .json, .csv or .parquet file -> rows. A row that cannot be read stays in the list, with its problem.
+
+Of .jsonl and .parquet one line or one batch of rows is held besides the rows; .json and .csv are read as a whole first.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,21 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-from modelscope_dolly.errors import DollyError, one_line
+from tqdm import tqdm
 
-SUFFIXES = (".jsonl", ".json", ".csv")
+from modelscope_dolly.errors import DollyError, SettingError, one_line
+from train.distributed import is_first_process
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is not UTF-8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceRow:
     """One row of a data set.
 
@@ -47,34 +54,72 @@ class ParsedFile(NamedTuple):
     unit: str
 
 
-def parse_file(name: str, suffix: str, data: bytes) -> ParsedFile:
-    """Parse the content of a file by its suffix, one of SUFFIXES.
+def read_rows(path: Path, name: str) -> ParsedFile:
+    """The rows of a file by its suffix, one of SUFFIXES; `name` is how messages call it.
 
     Raises:
-        DollyError: the file as a whole is damaged; `name` is how the message calls it.
+        DollyError: the file as a whole is damaged. OSError: it cannot be read.
     """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DollyError(f"{name}: the text is UTF-16, it must be UTF-8; save it again as UTF-8")
-    skip = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(path, name)
+    with open(path, "rb") as file:
+        beginning = file.read(3)
+        if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DollyError(f"{name}: the text is UTF-16, it must be UTF-8; save it again as UTF-8")
+        skip = len(codecs.BOM_UTF8) if beginning == codecs.BOM_UTF8 else 0
+        file.seek(skip if suffix == ".jsonl" else 0)
+        if suffix == ".jsonl":
+            return ParsedFile(list(_parse_jsonl(_with_progress(file, path, name), skip)), None, "line")
+        data = file.read()
     if suffix == ".csv":
         return _parse_csv(name, data, skip)
-    if suffix == ".json":
-        return ParsedFile(_parse_json(name, data, skip), None, "record")
-    return ParsedFile(list(_parse_jsonl(data, skip)), None, "line")
+    return ParsedFile(_parse_json(name, data, skip), None, "record")
 
 
-def _parse_jsonl(data: bytes, skip: int) -> Iterator[SourceRow]:
-    """One JSON value per line, from byte `skip` on; blank lines are not records."""
+def _with_progress(file: BinaryIO, path: Path, name: str) -> Iterator[bytes]:
+    """The lines of a file, with a bar of its bytes on a terminal; disable=None: none elsewhere."""
+    with tqdm(total=path.stat().st_size, desc=f"Reading {name}"[:60], unit="B", unit_scale=True, leave=False,
+              disable=not is_first_process() or None) as bar:  # fmt: skip
+        for line in file:
+            bar.update(len(line))
+            yield line
+
+
+def _parse_jsonl(lines: Iterable[bytes], skip: int) -> Iterator[SourceRow]:
+    """One JSON value per line; blank lines are not records. The first line begins at byte `skip` of the file."""
     offset = skip
-    for line, raw in enumerate(data[skip:].split(b"\n"), 1):
+    for number, line in enumerate(lines, 1):
+        raw = line.removesuffix(b"\n")
         if raw.strip():
             try:
-                yield SourceRow(line, json.loads(raw.decode("utf-8")))
+                yield SourceRow(number, json.loads(raw.decode("utf-8")))
             except UnicodeDecodeError as error:
-                yield SourceRow(line, raw.strip(), ("not_utf8", _bad_byte(data, offset + error.start)))
+                detail = f"byte 0x{raw[error.start]:02x} at offset {offset + error.start} of the file"
+                yield SourceRow(number, raw.strip(), ("not_utf8", detail))
             except (ValueError, RecursionError) as error:
-                yield SourceRow(line, raw.strip(), ("not_json", _json_mistake(error)))
-        offset += len(raw) + 1
+                yield SourceRow(number, raw.strip(), ("not_json", _json_mistake(error)))
+        offset += len(line)
+
+
+def _read_parquet(path: Path, name: str) -> ParsedFile:
+    """Rows as objects, batch by batch."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise SettingError(f"{name}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    rows: list[SourceRow] = []
+    try:
+        with ParquetFile(path) as file, tqdm(total=file.metadata.num_rows, desc=f"Reading {name}"[:60], unit="record",
+                                             leave=False, disable=not is_first_process() or None) as bar:  # fmt: skip
+            header = file.schema_arrow.names
+            for batch in file.iter_batches(batch_size=1024):
+                rows += (SourceRow(number, row) for number, row in enumerate(batch.to_pylist(), len(rows) + 1))
+                bar.update(batch.num_rows)
+    except (ArrowException, ValueError) as error:  # also text columns that are not UTF-8
+        raise DollyError(f"{name}: not a parquet file that can be read: {one_line(error, 160)}") from None
+    return ParsedFile(rows, list(dict.fromkeys(header)), "record")
 
 
 def _parse_json(name: str, data: bytes, skip: int) -> list[SourceRow]:

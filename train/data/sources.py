@@ -1,97 +1,182 @@
-"""What the setting `dataset` names -> rows with known columns: a file, or a data set of ModelScope or Hugging Face."""
+"""What the setting `dataset` names -> rows with known columns: files, or data sets of ModelScope or Hugging Face."""
 
 from __future__ import annotations
 
-import difflib
+import glob
 import hashlib
+import itertools
 import json
+import random
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modelscope_dolly.checkpoint.download import HUB_ID
-from modelscope_dolly.errors import DollyError, SettingError, one_line, unknown_name
-from train.data.formats import SUFFIXES, ParsedFile, SourceRow, excerpt, parse_file
+from modelscope_dolly.errors import DollyError, SettingError, one_line
+from modelscope_dolly.files import path_of
+from train.data.entries import DatasetEntry, parse_entries
+from train.data.formats import SUFFIXES, ParsedFile, SourceRow, read_rows
+from train.data.layouts import FIELDS, Layout, Reduced, Unusable, find_layout
 
-FIELDS = ("instruction", "context", "response")
-REQUIRED = ("instruction", "response")
-#: What other data sets call our fields.
-USUAL_NAMES = {
-    "instruction": ("question", "prompt", "query"),
-    "context": ("input",),
-    "response": ("output", "answer", "completion"),
-}
 SOURCES = (
-    "a .jsonl, .json or .csv file, a data set on a hub ms:OWNER/NAME[@REVISION] or hf:OWNER/NAME[@REVISION], "
-    "or a downloaded one ms:./FOLDER or hf:./FOLDER"
+    "a .jsonl, .json, .csv or .parquet file, a glob of them or a folder with some, a data set on a hub "
+    "ms:OWNER/NAME[/SUBSET][@REVISION][#ROWS] or hf:..., or a downloaded one ms:./FOLDER or hf:./FOLDER"
 )
-_HUB_DATASET = re.compile(rf"(?P<id>{HUB_ID.pattern})(@(?P<revision>\S+))?")
+HUB_DATASET = re.compile(
+    rf"(?P<id>{HUB_ID.pattern})(/(?P<subset>\w[\w.-]*))?(@(?P<revision>[\w.+/-]+))?(#(?P<rows>[1-9][0-9]{{0,11}}))?",
+    re.ASCII,
+)
+#: Of a glob; one that matches more looks through a whole disk.
+MOST_MATCHES = 10_000
+_GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
 class Source:
-    """All rows as they were read.
+    """The rows that are taken of one file or data set, as they were read.
 
     Attributes:
-        name: as the user gave it.
+        name: for messages.
         rows: in order.
-        columns: our field name -> the name in the rows.
+        layout: how they become fields.
         unused: columns that nothing reads.
         unit: what `SourceRow.line` counts, "line" or "record".
-        sha256: of the mapped fields in order. The same records have the same hash in any format.
+        total: rows before some were drawn.
+        entry: of the recipe.
     """
 
     name: str
     rows: list[SourceRow]
-    columns: dict[str, str]
+    layout: Layout
     unused: tuple[str, ...]
     unit: str
-    sha256: str
+    total: int
+    entry: DatasetEntry
+
+    def reduce(self, row: SourceRow) -> Reduced:
+        """The fields of a row that is an object. Raises Unusable."""
+        return self.layout.reduce(row.value)
 
 
-def read_records(dataset: str, columns: Mapping[str, str] | None = None) -> Source:
-    """Read every row of `dataset`, which is a file, or a `train` split of ModelScope or Hugging Face.
+@dataclass(frozen=True)
+class Sources:
+    """Everything that the setting names, in its order.
+
+    Attributes:
+        parts: one for each file or data set.
+        sha256: of the fields of all rows in order. The same records have the same hash in any format and layout, in
+            one file or in several.
+    """
+
+    parts: Sequence[Source]
+    sha256: str = field(repr=False)
+
+    @property
+    def rows(self) -> list[SourceRow]:
+        return [row for part in self.parts for row in part.rows]
+
+
+def read_records(dataset: Any, columns: Mapping[str, str] | None = None, seed: int = 42) -> Sources:
+    """Read the rows of everything that `dataset` names.
 
     Args:
-        dataset: see SOURCES.
-        columns: our field name -> the data set's, for those that differ. Context may be absent.
+        dataset: see SOURCES; or a map with `path` and perhaps share, repeat, columns; or a list of these.
+        columns: our field name -> the data set's, for entries that have none of their own. Context may be absent.
+        seed: of the draw of a share, or of so many rows.
 
     Raises:
         SettingError: no such data set, or it lacks a column.
-        DollyError: the file as a whole is damaged, or holds no record.
+        DollyError: a file as a whole is damaged, or holds no record.
     """
-    from_hub = dataset.startswith(("ms:", "hf:"))
-    rows, header, unit = ParsedFile(_read_hub(dataset), None, "record") if from_hub else _read_file(dataset)
-    if not rows:
-        raise DollyError(f"{dataset}: holds no records")
-    if header is None:
-        header = list(dict.fromkeys(key for row in rows if row.is_object for key in row.value))
-    mapping = _map_columns(dataset, columns or {}, header)
-    unused = tuple(_printable(column) for column in header if column not in mapping.values())
-    return Source(dataset, rows, mapping, unused, unit, _digest(rows, mapping))
+    parts: list[Source] = []
+    for number, entry in enumerate(parse_entries(dataset)):
+        parts += _read_entry(entry, columns or {}, random.Random(f"{seed} {number}"))
+    return Sources(parts, _digest(parts))
 
 
-def _read_file(dataset: str) -> ParsedFile:
-    path = Path(dataset).expanduser()
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        hint = f" For a data set on a hub write ms:{dataset} or hf:{dataset}" if _HUB_DATASET.fullmatch(dataset) else ""
-        raise SettingError(f"dataset is {dataset!r}, it must be {SOURCES}.{hint}")
+def _read_entry(entry: DatasetEntry, columns: Mapping[str, str], draw: random.Random) -> Iterator[Source]:
+    """One source for each file of an entry. `draw` chooses rows where not all are taken."""
+    columns = columns if entry.columns is None else entry.columns
+    wanted = None
+    if entry.path.startswith(("ms:", "hf:")):
+        rows, wanted = _read_hub(entry.path)
+        read: Iterable[tuple[str, ParsedFile]] = [(entry.path, ParsedFile(rows, None, "record"))]
+    else:
+        read = ((str(file), _read_file(file)) for file in _files(entry.path))
+    for name, (rows, header, unit) in read:
+        if not rows:
+            raise DollyError(f"{name}: holds no records")
+        if header is None:
+            header = list(dict.fromkeys(key for row in rows if row.is_object for key in row.value))
+        layout = find_layout(name, header, columns)
+        unused = tuple(_printable(column) for column in header if column not in layout.read)
+        if wanted is not None and wanted > len(rows):
+            raise SettingError(f"dataset {name!r} asks for {wanted:,} rows, and has {len(rows):,}; ask for fewer")
+        taken = max(1, round((wanted or len(rows)) * entry.share))
+        yield Source(name, _drawn(rows, taken, draw), layout, unused, unit, len(rows), entry)
+
+
+def _drawn(rows: list[SourceRow], count: int, draw: random.Random) -> list[SourceRow]:
+    """`count` of the rows, in their order. random() alone gives the same numbers in every version of Python."""
+    if count == len(rows):
+        return rows
+    drawn = [draw.random() for _ in rows]
+    chosen = sorted(sorted(range(len(rows)), key=drawn.__getitem__)[:count])
+    return [rows[index] for index in chosen]
+
+
+def _files(path: str) -> list[Path]:
+    """The files that a path names: itself, the matches of a glob, or those in a folder; sorted by name."""
+    given = Path(path_of("dataset", path))
     try:
-        data = path.read_bytes()
+        if given.is_dir():
+            found = sorted(file for file in given.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not found:
+                raise SettingError(f"dataset {path!r} is a folder without {', '.join(SUFFIXES)} files; it must be "
+                                   f"{SOURCES}")  # fmt: skip
+            return found
+        if not given.exists() and _GLOB.search(path):
+            matches = list(itertools.islice(glob.iglob(str(given), recursive=True), MOST_MATCHES + 1))
+            if len(matches) > MOST_MATCHES:
+                raise SettingError(f"dataset {path!r} matches more than {MOST_MATCHES:,} files; give a narrower one")
+            found = sorted(Path(name) for name in matches if Path(name).is_file())
+            if not found:
+                raise SettingError(f"dataset {path!r} matches no file; it must be {SOURCES}")
+            for file in found:
+                _check_suffix(str(file))
+            return found
+    except OSError as error:  # a name that is too long, no permission
+        raise _unreadable(path, error) from None
+    _check_suffix(path)
+    return [given]
+
+
+def _check_suffix(path: str) -> None:
+    if Path(path).suffix.lower() not in SUFFIXES:
+        hint = f" For a data set on a hub write ms:{path} or hf:{path}" if HUB_DATASET.fullmatch(path) else ""
+        raise SettingError(f"dataset is {path!r}, it must be {SOURCES}.{hint}")
+
+
+def _read_file(path: Path) -> ParsedFile:
+    try:
+        return read_rows(path, str(path))
     except OSError as error:
-        raise SettingError(f"dataset {dataset!r} cannot be read: {error.strerror}; it must be {SOURCES}") from None
-    return parse_file(dataset, suffix, data)
+        raise _unreadable(str(path), error) from None
 
 
-def _read_hub(dataset: str) -> list[SourceRow]:
+def _unreadable(path: str, error: OSError) -> SettingError:
+    return SettingError(f"dataset {path!r} cannot be read: {error.strerror or error}; it must be {SOURCES}")
+
+
+def _read_hub(dataset: str) -> tuple[list[SourceRow], int | None]:
+    """The rows of a data set on a hub or in a folder, and how many of them are wanted; None: all."""
     hub, name = dataset[:2], dataset[3:]
-    match = _HUB_DATASET.fullmatch(name)
+    match, wanted, subset = HUB_DATASET.fullmatch(name), None, None
     if match:
-        name, revision = match["id"], match["revision"]
+        name, subset, revision = match["id"], match["subset"], match["revision"]
+        wanted = int(match["rows"]) if match["rows"] else None
         if Path(name).exists():  # both libraries would take it, and ignore the revision
             raise SettingError(
                 f"dataset is {dataset!r}, but {name} also exists here and would be read in place of the hub's; "
@@ -104,70 +189,48 @@ def _read_hub(dataset: str) -> list[SourceRow]:
         name, revision = str(folder.resolve()), None  # a bare `json` would name a reader of the libraries
     load, library = {"ms": (_load_ms, "ModelScope"), "hf": (_load_hf, "Hugging Face")}[hub]
     try:
-        return [SourceRow(index, row) for index, row in enumerate(load(name, revision), 1)]
+        rows = [SourceRow(index, row) for index, row in enumerate(load(name, subset, revision), 1)]
     except Exception as error:  # the libraries' errors have no common base
         raise SettingError(
             f"dataset {dataset!r} cannot be loaded through {library}'s library "
             f"({type(error).__name__}: {one_line(error, 200)}). "
-            "Check the name, the revision, that it has a split 'train', and the network"
+            "Check the name, the subset, the revision, that it has a split 'train', and the network"
         ) from error
+    return rows, wanted
 
 
-def _load_ms(name: str, revision: str | None) -> Iterable[Any]:
+def _load_ms(name: str, subset: str | None, revision: str | None) -> Iterable[Any]:
     from modelscope import MsDataset
 
     version = {"version": revision} if revision else {}
-    return MsDataset.load(name, split="train", trust_remote_code=False, **version)
+    return MsDataset.load(name, subset_name=subset, split="train", trust_remote_code=False, **version)
 
 
-def _load_hf(name: str, revision: str | None) -> Iterable[Any]:
+def _load_hf(name: str, subset: str | None, revision: str | None) -> Iterable[Any]:
     from datasets import load_dataset
 
-    return load_dataset(name, split="train", revision=revision)
+    return load_dataset(name, subset, split="train", revision=revision)
 
 
-def _map_columns(name: str, columns: Mapping[str, str], header: list[str]) -> dict[str, str]:
-    """Our field name -> theirs. An empty header means that no row was readable; the report will say why."""
-    wrong = [unknown_name("field in columns", str(field), FIELDS) for field in columns if field not in FIELDS]
-    wrong += [f"columns: {field} is {theirs!r}, it must be text" for field, theirs in columns.items()
-              if not isinstance(theirs, str)]  # fmt: skip
-    if wrong:
-        raise SettingError("; ".join(wrong))
-    mapping = {field: columns.get(field, field) for field in FIELDS}
-    if "context" not in columns and "context" in columns.values():
-        del mapping["context"]  # the column of that name holds something else, and there is no context
-    repeated = [theirs for theirs, times in Counter(mapping.values()).items() if times > 1]
-    if repeated:
-        raise SettingError(f"columns: {excerpt(repeated[0])} is taken for more than one of {', '.join(FIELDS)}")
-    absent = {field: theirs for field, theirs in mapping.items()
-              if (field in REQUIRED or field in columns) and theirs not in header}  # fmt: skip
-    if absent and header:
-        similar = {field: column for field in absent if (column := _similar(field, absent[field], header))}
-        suggestion = ", ".join(f"{field}: {column}" for field, column in similar.items())
-        raise SettingError(
-            f"{name}: no column {', '.join(map(excerpt, absent.values()))}."
-            f"{f' Did you mean columns: {{{suggestion}}}?' if similar else ''} "
-            f"Found: {', '.join(map(excerpt, header[:20]))}. Name them with columns: {{our name: theirs}}"
-        )
-    return mapping
-
-
-def _similar(field: str, wanted: str, header: list[str]) -> str | None:
-    """The column that was probably meant: spelled alike, or another usual name of the field."""
-    alike = difflib.get_close_matches(wanted, header, n=1, cutoff=0.6)
-    usual = [column for column in (field, *USUAL_NAMES[field]) if column in header]
-    return next(iter([*alike, *usual]), None)
-
-
-def _digest(rows: list[SourceRow], columns: Mapping[str, str]) -> str:
+def _digest(parts: Sequence[Source]) -> str:
     digest = hashlib.sha256()
-    for row in rows:
-        content: Any = [_hashable(row.value)]
-        if row.is_object:
-            content = [_hashable(row.value.get(columns.get(field))) for field in FIELDS]
-            content[1] = content[1] or ""  # no context and an empty one are the same
-        digest.update(json.dumps(content).encode("ascii") + b"\n")
+    for part in parts:
+        for row in part.rows:
+            digest.update(json.dumps(_content(part, row)).encode("ascii") + b"\n")
     return digest.hexdigest()
+
+
+def _content(source: Source, row: SourceRow) -> list[Any]:
+    """What is hashed of a row: its fields; of one that has none, what it is."""
+    if not row.is_object:
+        return [_hashable(row.value)]
+    try:
+        fields = source.reduce(row).fields
+    except Unusable as error:
+        return [{"unusable": str(error)}]
+    content = [_hashable(fields.get(field)) for field in FIELDS]
+    content[1] = content[1] or ""  # no context and an empty one are the same
+    return content
 
 
 def _hashable(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Rows -> tokenized training records, a report on what was dropped and why, and the held-out split.
 
-source = read_records("answers.csv", {"instruction": "question"})
-checked = check_records(source, tokenizer, max_length=2048)
+sources = read_records("answers.csv", {"instruction": "question"})
+checked = check_records(sources, tokenizer, max_length=2048)
 print(checked.report)
 train, test = split(len(checked.records), test_size=200, seed=42)
 """
@@ -9,172 +9,119 @@ train, test = split(len(checked.records), test_size=200, seed=42)
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
 
-from modelscope_dolly.errors import DollyError, PromptError, SettingError
+from modelscope_dolly.errors import PromptError, SettingError
 from modelscope_dolly.prompt import CONTROL_KEYS, END_OF_TEXT, DollyTokenizer, check_text
+from train.data.data_report import NOTED, DataReport, RecordProblem, SourceReport
+from train.data.duplicates import Duplicate, find_duplicates, groups
 from train.data.formats import SourceRow, excerpt
-from train.data.sources import FIELDS, REQUIRED, Source
+from train.data.layouts import FIELDS, REQUIRED, Unusable
+from train.data.sources import Source, Sources
 from train.distributed import is_first_process
 
-#: Why a record is dropped, and what is noted about one that is kept.
-DROPPED = ("not_utf8", "not_json", "wrong_type", "missing", "empty_instruction", "empty_response", "too_long")
-NOTED = ("contains_key", "duplicate")
-SHOWN = 10  # problems of each group that a report shows in full
+MULTI_TURN = ("drop", "last")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrainingRecord:
-    """A usable record; `context` is "" where there is none."""
+    """A usable record; `context` is "" where there is none. `source` is its number among the sources."""
 
     instruction: str
     context: str
     response: str
     line: int
-
-
-@dataclass(frozen=True)
-class RecordProblem:
-    """Why a record was dropped, or a note about one that was kept."""
-
-    line: int
-    kind: str
-    detail: str
-    excerpt: str
-
-    def __str__(self) -> str:
-        return f"{self.line}: {self.kind}, {self.detail}: {self.excerpt}"
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What became of every row. `tokens_dropped` counts records that are too long: the others have no training text.
-
-    `str(report)` is for the terminal, `as_dict()` for JSON. Both show the first ten problems of each group; `problems`
-    holds all, in file order.
-    """
-
-    name: str
-    sha256: str
-    unit: str
-    unused: tuple[str, ...]
-    rows: int
-    kept: int
-    tokens_kept: int
-    label_tokens_kept: int
-    tokens_dropped: int
-    problems: tuple[RecordProblem, ...]
-
-    def __post_init__(self) -> None:
-        assert self.rows == self.kept + sum(self.dropped.values()), "a record vanished unreported"
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Records dropped, by kind. A record counts once, under the first thing wrong with it."""
-        return self._count(DROPPED)
-
-    @property
-    def noted(self) -> dict[str, int]:
-        """Notes about kept records, by kind."""
-        return self._count(NOTED)
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {**vars(self), "unused": list(self.unused), "dropped": self.dropped, "noted": self.noted}
-        return {**values, "problems": [asdict(problem) for kinds in (DROPPED, NOTED) for problem in self._first(kinds)]}
-
-    def __str__(self) -> str:
-        dropped = self.rows - self.kept
-        lines = [
-            f"{self.name}: {self.rows:,} records, {self.kept:,} kept with {self.tokens_kept:,} tokens "
-            f"({self.label_tokens_kept:,} to learn), {dropped:,} dropped with {self.tokens_dropped:,} tokens"
-        ]
-        if self.unused:
-            lines.append(f"  columns not used: {', '.join(self.unused)}")
-        for title, kinds, counts in (("dropped", DROPPED, self.dropped), ("kept, but note", NOTED, self.noted)):
-            if any(counts.values()):
-                lines.append(f"  {title}: {_counted(counts)}")
-                lines += [f"    {self.unit} {problem}" for problem in self._first(kinds)]
-                more = sum(counts.values()) - SHOWN
-                lines += [f"    and {more:,} more"] if more > 0 else []
-        return "\n".join(lines)
-
-    def refusal(self, why: str, remedy: str) -> DollyError:
-        """An error to raise that lists the dropped records on one line."""
-        first = "; ".join(f"{self.unit} {problem}" for problem in self._first(DROPPED))
-        more = self.rows - self.kept - SHOWN
-        rest = f"; and {more:,} more" if more > 0 else ""
-        return DollyError(f"{self.name}: {why} ({_counted(self.dropped)}): {first}{rest}. {remedy}")
-
-    def _count(self, kinds: tuple[str, ...]) -> dict[str, int]:
-        counts = Counter(problem.kind for problem in self.problems)
-        return {kind: counts[kind] for kind in kinds}
-
-    def _first(self, kinds: tuple[str, ...]) -> list[RecordProblem]:
-        return [problem for problem in self.problems if problem.kind in kinds][:SHOWN]
+    source: int = 0
 
 
 @dataclass(frozen=True)
 class CheckedRecords:
-    """The usable records in file order; one entry of each list per record.
+    """The usable records in the order of the sources; one entry of each list per record.
 
     Attributes:
-        ids: token ids of the whole training text.
+        ids: token ids of the whole training text, of 4 bytes each.
         prompt_lengths: how many of them are the prompt; those after it are learned.
+        repeats: how often each is shown in an epoch, if it is trained on.
+        duplicates: records that equal or resemble an earlier one, with it; none where those were dropped.
     """
 
     records: list[TrainingRecord]
-    ids: list[list[int]]
+    ids: list[array]
     prompt_lengths: list[int]
+    repeats: list[int]
+    duplicates: list[Duplicate]
     report: DataReport
 
 
-def check_records(source: Source, tokenizer: DollyTokenizer, max_length: int, strict: bool = False) -> CheckedRecords:
+def check_records(
+    sources: Sources,
+    tokenizer: DollyTokenizer,
+    max_length: int,
+    strict: bool = False,
+    multi_turn: str = "drop",
+    deduplicate: bool = False,
+) -> CheckedRecords:
     """Tokenize every record; keep those that are complete, are text, have a response, and are below the limit.
 
     Args:
-        source: from read_records.
+        sources: from read_records.
         tokenizer: with the three keys.
         max_length: records of this many tokens or more are dropped, as in the public recipe.
         strict: refuse to drop any.
+        multi_turn: what becomes of a conversation of several questions: "drop", or "last", its last pair.
+        deduplicate: drop records that equal or resemble an earlier one.
 
     Raises:
-        DollyError: `strict` and a record is unusable, or none is usable; names the first ten and counts all.
+        RecordsRefused: `strict` and a record is unusable, or none is usable; names the first ten and counts all.
     """
     records, ids, prompts, problems = [], [], [], []
-    seen: dict[tuple[str, str, str], int] = {}
     tokens_dropped = 0
+    rows = ((number, part, row) for number, part in enumerate(sources.parts) for row in part.rows)
     # disable=None: no bar where standard error is not a terminal.
-    for row in tqdm(source.rows, desc="Checking records", unit="record", disable=not is_first_process() or None):
-        record = _record(row, source.columns)
-        if isinstance(record, RecordProblem):
-            problems.append(record)
+    for number, part, row in tqdm(rows, desc="Checking records", unit="record", leave=False,
+                                  total=sum(len(part.rows) for part in sources.parts),
+                                  disable=not is_first_process() or None):  # fmt: skip
+        found = _record(row, part, number, multi_turn)
+        if isinstance(found, RecordProblem):
+            problems.append(found)
             continue
+        record, notes = found
         tokens, prompt = tokenizer.encode_example(record.instruction, record.context, record.response)
         if len(tokens) >= max_length:
             detail = f"{len(tokens):,} tokens, they must be fewer than max_length {max_length:,}"
-            problems.append(RecordProblem(row.line, "too_long", detail, excerpt(record.instruction)))
+            problems.append(RecordProblem(row.line, "too_long", detail, excerpt(record.instruction), number))
             tokens_dropped += len(tokens)
             continue
-        problems += _notes(record, seen, source.unit)
+        problems += notes
         records.append(record)
-        ids.append(tokens)
+        ids.append(array("i", tokens))
         prompts.append(prompt)
-    total = sum(map(len, ids))
-    report = DataReport(
-        source.name, source.sha256, source.unit, source.unused, len(source.rows), len(records),
-        total, total - sum(prompts), tokens_dropped, tuple(problems),
-    )  # fmt: skip
+    duplicates = find_duplicates(records)
+    problems += _duplicate_notes(records, duplicates, sources.parts, deduplicate)
+    if deduplicate and duplicates:
+        dropped = {duplicate.later for duplicate in duplicates}
+        gone = {(records[index].source, records[index].line) for index in dropped}
+        problems = [problem for problem in problems
+                    if problem.kind not in NOTED or (problem.source, problem.line) not in gone]  # fmt: skip
+        records, ids, prompts = (
+            [value for i, value in enumerate(values) if i not in dropped] for values in (records, ids, prompts)
+        )
+        duplicates = []
+    problems.sort(key=lambda problem: (problem.source, problem.line))
+    report = _report(sources, records, ids, prompts, tokens_dropped, problems)
     if not records:
         raise report.refusal(f"none of the {report.rows:,} records is usable", "Repair them")
-    if strict and report.kept < report.rows:
-        lost = f"strict is on and {report.rows - report.kept:,} of {report.rows:,} records are unusable"
+    if strict and report.unusable:
+        lost = f"strict is on and {report.unusable:,} of {report.rows:,} records are unusable"
         raise report.refusal(lost, "Repair them, or turn strict off to drop them")
-    return CheckedRecords(records, ids, prompts, report)
+    repeats = [sources.parts[record.source].entry.repeat for record in records]
+    return CheckedRecords(records, ids, prompts, repeats, duplicates, report)
 
 
 def split(count: int, test_size: int, seed: int) -> tuple[list[int], list[int]]:
@@ -197,20 +144,86 @@ def split(count: int, test_size: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[test_size:]), sorted(order[:test_size])
 
 
-def _record(row: SourceRow, columns: Mapping[str, str]) -> TrainingRecord | RecordProblem:
+def shown_in_an_epoch(train: Sequence[int], repeats: Sequence[int]) -> list[int]:
+    """The indices of training records, each as often as its source says."""
+    return [index for index in train for _ in range(repeats[index])]
+
+
+def with_split(checked: CheckedRecords, held_out: Sequence[int]) -> DataReport:
+    """The report with what only the split tells: held-out records by source, and those that training records give away.
+
+    Args:
+        checked: the records.
+        held_out: which of them.
+    """
+    report, records = checked.report, checked.records
+    counts = Counter(records[index].source for index in held_out)
+    sources = tuple(replace(source, held_out=counts[number]) for number, source in enumerate(report.sources))
+    group = groups(len(records), checked.duplicates)
+    held = set(held_out)
+    trained: dict[int, int] = {}
+    for index, same in enumerate(group):
+        if index not in held:
+            trained.setdefault(same, index)
+    notes = []
+    for index in held_out:
+        if group[index] in trained:
+            record, other = records[index], records[trained[group[index]]]
+            detail = f"held out, and the training record in {_place(other, record, report.sources)} says the same"
+            notes.append(RecordProblem(record.line, "leak", detail, excerpt(record.instruction), record.source))
+    problems = sorted([*report.problems, *notes], key=lambda problem: (problem.source, problem.line))
+    return replace(report, sources=sources, problems=tuple(problems))
+
+
+def _report(
+    sources: Sources, records: list[TrainingRecord], ids: list[array], prompts: list[int], tokens_dropped: int,
+    problems: list[RecordProblem],
+) -> DataReport:  # fmt: skip
+    kept = Counter(record.source for record in records)
+    parts = tuple(
+        SourceReport(
+            part.name, part.layout.name, part.unit, part.unused, part.total, len(part.rows), kept[number],
+            part.entry.repeat,
+        )
+        for number, part in enumerate(sources.parts)
+    )  # fmt: skip
+    total = sum(map(len, ids))
+    return DataReport(parts, sources.sha256, total, total - sum(prompts), tokens_dropped, tuple(problems))
+
+
+def _record(
+    row: SourceRow, source: Source, number: int, multi_turn: str
+) -> tuple[TrainingRecord, list[RecordProblem]] | RecordProblem:
+    """The record in a row, with notes on it; or why there is none."""
+
+    def problem(kind: str, detail: str, about: Any) -> RecordProblem:
+        return RecordProblem(row.line, kind, detail, excerpt(about), number)
+
     if row.problem:
-        return RecordProblem(row.line, *row.problem, excerpt(row.value))
+        return problem(*row.problem, row.value)
     if not row.is_object:
-        detail = f"an object with the columns is needed, found {type(row.value).__name__}"
-        return RecordProblem(row.line, "wrong_type", detail, excerpt(row.value))
-    values = {field: row.value.get(columns.get(field)) for field in FIELDS}
+        return problem(
+            "wrong_type", f"an object with the columns is needed, found {type(row.value).__name__}", row.value
+        )
+    try:
+        reduced = source.reduce(row)
+    except Unusable as error:
+        kind, detail = error.args
+        return problem(kind, detail, row.value)
+    values = {field: reduced.fields.get(field) for field in FIELDS}
     values["context"] = "" if values["context"] is None else values["context"]
-    problems = [problem for field in columns if (problem := _field_problem(field, columns[field], values[field]))]
-    if not problems:
-        return TrainingRecord(**values, line=row.line)
-    detail = "; ".join(detail for _, detail in problems)
+    columns = {field: source.layout.columns.get(field, field) for field in reduced.fields}
+    problems = [found for field in columns if (found := _field_problem(field, columns[field], values[field]))]
     text = next((value for value in values.values() if isinstance(value, str) and value.strip()), row.value)
-    return RecordProblem(row.line, problems[0][0], detail, excerpt(text))
+    if problems:
+        return problem(problems[0][0], "; ".join(detail for _, detail in problems), text)
+    if reduced.turns > 1 and multi_turn == "drop":
+        return problem("multi_turn", f"{reduced.turns} turns; multi_turn: last would take the last pair", text)
+    record = TrainingRecord(**values, line=row.line, source=number)
+    notes = [problem("contains_key", detail, record.instruction) for detail in _typed_keys(record)]
+    if reduced.turns > 1:
+        notes.append(problem("last_pair", f"the last of {reduced.turns} turns", record.instruction))
+    return record, notes
 
 
 def _field_problem(field: str, column: str, value: Any) -> tuple[str, str] | None:
@@ -228,20 +241,29 @@ def _field_problem(field: str, column: str, value: Any) -> tuple[str, str] | Non
     return None
 
 
-def _notes(record: TrainingRecord, seen: dict[tuple[str, str, str], int], unit: str) -> Iterator[RecordProblem]:
-    """Notes about a usable record; adds it to `seen` (text -> the line where it was first)."""
+def _typed_keys(record: TrainingRecord) -> Iterator[str]:
+    """What to note about a text with a key in it."""
     text = (record.instruction, record.context, record.response)
     # The line break that the template puts after a field can complete the response key.
     typed = [key for key in (*CONTROL_KEYS, END_OF_TEXT) if any(key in f"{part}\n" for part in text)]
     if typed:
-        names = ", ".join(map(repr, typed))
+        yield f"{', '.join(map(repr, typed))} is trained as ordinary text"
+
+
+def _duplicate_notes(
+    records: Sequence[TrainingRecord], duplicates: Sequence[Duplicate], sources: Sequence[Source], removed: bool
+) -> Iterator[RecordProblem]:
+    for duplicate in duplicates:
+        record, first = records[duplicate.later], records[duplicate.first]
+        kind = "duplicate" if duplicate.exact else "near_duplicate"
+        how = "equal to" if duplicate.exact else f"{100 * duplicate.similarity:.0f} % like"
         yield RecordProblem(
-            record.line, "contains_key", f"{names} is trained as ordinary text", excerpt(record.instruction)
-        )
-    first = seen.setdefault(text, record.line)
-    if first != record.line:
-        yield RecordProblem(record.line, "duplicate", f"equal to {unit} {first}", excerpt(record.instruction))
+            record.line, f"removed_{kind}" if removed else kind, f"{how} {_place(first, record, sources)}",
+            excerpt(record.instruction), record.source,
+        )  # fmt: skip
 
 
-def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{kind} {count:,}" for kind, count in counts.items() if count)
+def _place(record: TrainingRecord, seen_from: TrainingRecord, sources: Sequence[Source | SourceReport]) -> str:
+    """`line 3`, with the name of its source where that is another one."""
+    source = sources[record.source]
+    return f"{source.unit} {record.line}{f' of {source.name}' if record.source != seen_from.source else ''}"

@@ -32,7 +32,7 @@ QUANTISED = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 SUB_GROUP = 10**9
 #: What a process takes on a CPU whatever the size of the network: threads, the Trainer, its Python objects. Measured
 #: with train.memory_table on the nano model.
-PROCESS = 12 << 20
+PROCESS = 16 << 20
 #: Rows of the dolly keys, which adapters cannot reach: they are trained in the embedding and in the output matrix.
 KEY_ROWS = 3
 
@@ -101,6 +101,11 @@ class Job:
             block = ".".join(name.split(".")[:3]) if ".layers." in name else name
             blocks[block] = blocks.get(block, 0) + math.prod(shape)
         return max(blocks.values())
+
+    def widened(self, dtype: str = "bf16") -> int:
+        """Bytes of one quantised weight in the number type of the run, which a product makes of it and drops again."""
+        largest = max(math.prod(shape) for _, shape in self._matrices)
+        return WIDTHS[dtype] * largest if self.lora_bits else 0
 
 
 @dataclass(frozen=True)

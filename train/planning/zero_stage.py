@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from modelscope_dolly.errors import HardwareError, SettingError
+from train.config import NO_SPLIT_ADAPTERS
 from train.planning.hardware import Hardware, gib
 from train.planning.memory import GIB, PROCESS, Job, activations, model_states, update_bytes
 
@@ -13,11 +14,6 @@ from train.planning.memory import GIB, PROCESS, Job, activations, model_states, 
 SPARE_SHARE, SPARE = 0.1, int(1.5 * GIB)
 #: Rank of the adapters that are proposed when training all weights does not fit.
 LORA_RANK = 16
-#: peft's layer for new rows reads the weight of the embedding from outside of it, where ZeRO 3 has not gathered it.
-_NO_SPLIT_ADAPTERS = (
-    "lora works with zero_stage 0, 1 or 2: ZeRO 3 splits the frozen weights, and peft needs the embedding whole; to "
-    "save memory set lora: {r: 16, bits: 4}"
-)
 _OFFLOAD_SUFFIX = {"none": "", "optimizer": " + optimizer offload", "all": " + full offload"}
 
 
@@ -126,7 +122,7 @@ def _settings(hardware: Hardware, zero_stage: str, offload: str, adapters: bool 
     """(stage, offload) to consider, fastest first."""
     if adapters and (zero_stage == "3" or offload == "all"):
         asked = "zero_stage is '3'" if zero_stage == "3" else "offload is 'all'"
-        raise SettingError(f"{asked}, but {_NO_SPLIT_ADAPTERS}")
+        raise SettingError(f"{asked}, but {NO_SPLIT_ADAPTERS}")
     if hardware.cpu_only:
         if offload not in ("auto", "none"):
             raise SettingError(f"offload is {offload!r}, but there is no GPU to move anything from: set it to none")
@@ -153,6 +149,7 @@ def _candidate(job: Job, hardware: Hardware, dtype: str, stage: int, offload: st
     ranks = hardware.ranks
     held = model_states(job.parameters, stage, ranks, offload, dtype, job.adapters, job.largest, job.frozen(dtype))
     live = activations(job.config, job.tokens, job.checkpoint_activations, job.label_tokens, dtype).total
+    live += job.widened(dtype)
     if stage == 0 and ranks == 1 and dtype != "fp32":
         live += 2 * job.trained  # autocast, which computes without DeepSpeed, keeps its copies of float32 weights
     gpu, host = held.gpu + max(live, update_bytes(job.trained, stage, ranks, offload, dtype)), held.host

@@ -47,7 +47,7 @@ def title(model_id: str) -> str:
 
 def literal(text: str) -> str:
     """A Python string; with double quotes where nothing in the text needs escaping."""
-    return f'"{text}"' if re.fullmatch(r"[\w./-]*", text, re.ASCII) else ascii(text)
+    return f'"{text}"' if re.fullmatch(r"[\w./@-]*", text, re.ASCII) else ascii(text)
 
 
 def hex_digest(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from train.data.validate import DROPPED
+from train.data.data_report import DROPPED
 from train.publishing.card_markdown import Rows, Translate, code, hex_digest, number, setting
 from train.publishing.run_metadata import RunMetadata
 

@@ -97,7 +97,7 @@ def yaml_head(
         "language": [known.language] if known else None,
         "base_model": [metadata.base] if on_hub else None,
         "base_model_relation": relation if on_hub else None,
-        "datasets": [metadata.dataset_id] if metadata.dataset_id else None,
+        "datasets": metadata.dataset_ids,
         "tags": ["dolly-v2", "gpt_neox", *(["lora"] if metadata.get("settings", "lora") else [])],
     }
     kept = {key: value for key, value in values.items() if value}

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from modelscope_dolly.checkpoint.download import HUB_ID
+from train.data.sources import HUB_DATASET
 from train.training.report import read_metrics, read_starts
-
-_HUB_DATASET = re.compile(rf"(ms|hf):(?P<id>{HUB_ID.pattern})(@[\w./-]+)?", re.ASCII)
 
 
 class KnownDataset(NamedTuple):
@@ -72,16 +71,24 @@ class RunMetadata:
         return self.get("base", "hub") is True and isinstance(name, str) and bool(HUB_ID.fullmatch(name))
 
     @property
-    def dataset(self) -> str:
-        """Name of the data set: `ms:` or `hf:` and an id, or of a file its last part alone."""
-        name = self.get("data", "dataset")
-        return name if isinstance(name, str) and _HUB_DATASET.fullmatch(name) else last_part(name)
+    def datasets(self) -> list[str]:
+        """Names of the data sets: `ms:` or `hf:` and an id, or of a file its last part alone."""
+        names = self.get("data", "dataset")
+        names = names if isinstance(names, list) else [names]
+        return [name if isinstance(name, str) and HUB_DATASET.fullmatch(name[3:]) and name[:3] in ("ms:", "hf:")
+                else last_part(name) for name in names]  # fmt: skip
 
     @property
-    def dataset_id(self) -> str | None:
-        """Its id on a hub."""
-        on_hub = _HUB_DATASET.fullmatch(self.dataset)
-        return self.known_dataset.id if self.known_dataset else on_hub["id"] if on_hub else None
+    def dataset(self) -> str:
+        return ", ".join(filter(None, self.datasets))
+
+    @property
+    def dataset_ids(self) -> list[str]:
+        """Their ids on a hub."""
+        if self.known_dataset:
+            return [self.known_dataset.id]
+        on_hub = [HUB_DATASET.fullmatch(name[3:]) for name in self.datasets if name.startswith(("ms:", "hf:"))]
+        return list(dict.fromkeys(match["id"] for match in on_hub if match))
 
     @property
     def known_dataset(self) -> KnownDataset | None:

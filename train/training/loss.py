@@ -51,6 +51,17 @@ class CausalLMLoss(torch.nn.Module):
         super().__init__()
         self.network, self.config, self.loss = network, network.config, loss
 
-    def forward(self, labels: torch.Tensor, label_total: int, **inputs: Any) -> CausalLMOutput:
-        """See response_loss."""
+    def forward(
+        self,
+        labels: torch.Tensor | None = None,
+        label_total: int = 1,
+        places: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> CausalLMOutput:
+        """The loss, see response_loss; with `places` [rows] instead of labels the logits [rows, V] behind these tokens
+        of a packed pass.
+        """
+        if places is not None:
+            hidden = self.network.gpt_neox(**inputs).last_hidden_state
+            return CausalLMOutput(logits=self.network.lm_head(hidden[0, places]))
         return CausalLMOutput(loss=self.loss(self.network, inputs, labels, label_total))

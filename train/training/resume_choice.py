@@ -23,6 +23,7 @@ from train.training.checkpoints import (
 #: records that is compared.
 OF_THE_ORDER = (
     "dataset", "columns", "strict", "max_length", "test_size", "seed", "epochs", "max_steps", "global_batch_size",
+    "multi_turn", "deduplicate",
 )  # fmt: skip
 #: Settings that change the result of the same steps.
 OF_THE_RESULT = (
@@ -34,7 +35,8 @@ OF_THE_BASE = ("model", "model_revision")
 #: Settings that change no more than rounding, or nothing of the weights.
 HARMLESS = (
     "tokens_per_batch", "checkpoint_activations", "zero_stage", "offload", "save_every", "keep_checkpoints",
-    "eval_every", "report_to", "publish", "patience", "final_from", "max_hours",
+    "eval_every", "report_to", "publish", "patience", "final_from", "max_hours", "samples", "sample_tokens",
+    "compare_records", "compare_minutes",
 )  # fmt: skip
 #: Of this start alone.
 _OF_THE_START = ("resume", "output_dir")

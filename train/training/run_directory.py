@@ -16,7 +16,7 @@ from train.training.report import METRICS, PICTURE, cut_metrics, draw_loss, read
 from train.training.resume_choice import OF_THE_ORDER, OF_THE_RESULT, ResumeChoice, differing_settings
 
 FINAL = "final"
-_UNFINISHED_FILE = re.compile(r"\.(run\.json|report\.md|metrics\.jsonl|loss\.png)\.[0-9]+\.tmp")
+_UNFINISHED_FILE = re.compile(r"\.(run\.json|(metrics|samples|data_problems)\.jsonl|loss\.png|report\.md)\.[0-9]+\.tmp")
 
 
 def prepare_directory(output: Path, resume: ResumeChoice) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import modelscope_dolly
 from modelscope_dolly.files import write_json
 from train.config import Resolved
+from train.data.entries import dataset_name
 from train.planning.zero_stage import ZeroChoice
 from train.prepare import PreparedData
 from train.training.checkpoints import RunCheckpoint
@@ -37,7 +38,7 @@ def record_start(
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "settings": dataclasses.asdict(resolved.config),
         "origins": resolved.origins,
-        "data": {"dataset": resolved.config.dataset, "sha256": data.sha256},
+        "data": {"dataset": dataset_name(resolved.config.dataset), "sha256": data.sha256},
         "plan": data.summary() | {"order_hash": data.plan.order_hash},
         "base": base,
         "world": data.plan.world,

@@ -18,6 +18,8 @@ from train.data.collate import Example, PassDataset, label_count
 from train.distributed import gather
 from train.training.checkpoints import DISK_REMEDY, Origin, digests, file_sizes, mark_complete, prune, remove, writing
 from train.training.held_out import HeldOutLosses, best_checkpoint
+from train.training.samples import Samples, send
+from train.training.samples import lines as sample_lines
 from train.training.schedule import schedule
 
 
@@ -31,11 +33,13 @@ class DollyTrainer(Trainer):
         held_out: examples for evaluation.
         origin: what its checkpoints come from (default: the plan alone).
         losses: of the held-out records, where the best checkpoint is kept as well as the newest.
+        samples: answered before the first step and at every evaluation.
     """
 
     def __init__(
         self, config: TrainConfig, passes: PassDataset, checkpoint_bytes: int, held_out: Sequence[Example],
-        origin: Origin | None = None, losses: HeldOutLosses | None = None, **keywords: Any,
+        origin: Origin | None = None, losses: HeldOutLosses | None = None, samples: Samples | None = None,
+        **keywords: Any,
     ):  # fmt: skip
         super().__init__(
             data_collator=lambda items: items[0], train_dataset=passes, eval_dataset=list(held_out), **keywords
@@ -43,6 +47,7 @@ class DollyTrainer(Trainer):
         self.config, self.plan, self.checkpoint_bytes, self.held_out = config, passes.plan, checkpoint_bytes, held_out
         self.origin = origin or Origin(self.plan.hash, self.plan.order_hash)
         self.losses, self.save_seconds = losses, 0.0
+        self.samples = samples
         self._dry_run_done = False
         self.loss_is_scaled_for_ga = True  # losses of a step add up to its mean over labels
         self.remove_callback(PrinterCallback)  # callbacks.Progress prints instead
@@ -66,6 +71,10 @@ class DollyTrainer(Trainer):
         if not self._dry_run_done:
             self._dry_run_done = True
             self.dry_run(model)
+            if self.samples and self.args.should_save:
+                self.samples.start(self.state.global_step)
+            if self.state.global_step == 0:
+                self.answer_samples()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def dry_run(self, model: torch.nn.Module) -> None:
@@ -118,7 +127,27 @@ class DollyTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": float(total) / max(1, label_count(self.held_out))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.answer_samples()
         return metrics
+
+    def answer_samples(self) -> None:
+        """Answer the samples with the weights as they are, and tell of it wherever the losses go."""
+        if not self.samples:
+            return
+        arguments = self.args
+        self.model_wrapped.eval()
+
+        @torch.no_grad()
+        def logits(inputs: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
+            return self.model_wrapped(**inputs, places=places).logits
+
+        step, ranks = self.state.global_step, (arguments.process_index, arguments.world_size)
+        answers = self.samples.answer(logits, step, *ranks, arguments.device)
+        self.model_wrapped.train()
+        if arguments.should_save:
+            self.samples.record(answers)
+            tqdm.write("\n".join([f"step {step}: samples", *sample_lines(answers)]))
+            send(answers, self.callback_handler.callbacks)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run = Path(self.args.output_dir)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from modelscope_dolly.errors import DollyError, SettingError
 from tests.support.paths import ROOT
 from tests.support.record_files import BOM, GOOD, as_csv, examples, jsonl, row_lists, values, write
-from train.data.sources import FIELDS, read_records
+from train.data.layouts import FIELDS
+from train.data.sources import read_records
 from train.data.validate import TrainingRecord, check_records
 
 # Reading
@@ -42,7 +43,7 @@ def test_json_gives_back_what_was_written(tmp_path, rows, bom, wrapped, indent):
     source = read_records(write(tmp_path / "data.json", BOM * bom + text.encode()))
     assert values(source) == rows
     assert [row.line for row in source.rows] == list(range(1, len(rows) + 1))
-    assert source.unit == "record"
+    assert source.parts[0].unit == "record"
 
 
 @examples
@@ -101,7 +102,7 @@ def test_columns_are_mapped_and_the_others_named_in_the_report(tmp_path, tokeniz
     )
     checked = check_records(source, tokenizer, 2048)
     assert checked.records == [TrainingRecord("Why?", "Because.", "So.", 1)]
-    assert source.unused == ("category", "\\ud800")
+    assert source.parts[0].unused == ("category", "\\ud800")
     assert "columns not used: category, \\ud800" in str(checked.report)
 
 
@@ -148,15 +149,15 @@ def test_every_field_of_ours_has_its_own_place_when_columns_swap(tmp_path, token
 def test_a_column_called_context_may_be_another_field(tmp_path, tokenizer):
     source = read_records(write(tmp_path / "data.csv", "context,response\nWhy?,So.\n"), {"instruction": "context"})
     assert check_records(source, tokenizer, 2048).records == [TrainingRecord("Why?", "", "So.", 2)]
-    assert source.unused == ()
+    assert source.parts[0].unused == ()
     assert source.sha256 == read_records(write(tmp_path / "b.csv", "instruction,response\nWhy?,So.\n")).sha256
 
 
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("data.txt", "", SettingError, "it must be a .jsonl, .json or .csv file, a data set on a hub ms:OWNER/NAME"),
-        ("data", "", SettingError, "it must be a .jsonl, .json or .csv file"),
+        ("data.txt", "", SettingError, "it must be a .jsonl, .json, .csv or .parquet file, a glob of them or a"),
+        ("data", "", SettingError, "it must be a .jsonl, .json, .csv or .parquet file"),
         ("data.jsonl", None, SettingError, "cannot be read: No such file or directory; it must be"),
         ("data.jsonl", "", DollyError, "holds no records"),
         ("data.jsonl", "\n \n", DollyError, "holds no records"),
@@ -211,6 +212,104 @@ def test_csv_fields_may_be_long_and_the_process_keeps_its_limit(tmp_path):
     assert csv.field_size_limit() == before
 
 
+# Several files, parquet, and parts of them
+
+
+def parquet(path: Path, rows: list[dict]) -> str:
+    pyarrow = pytest.importorskip("pyarrow", reason="it comes with datasets")
+    from pyarrow import parquet as writer
+
+    writer.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def test_parquet_gives_back_what_was_written(tmp_path):
+    rows = [{**GOOD, "response": f"é {number}", "turns": [{"a": number}]} for number in range(2500)]
+    source = read_records(parquet(tmp_path / "data.parquet", rows))
+    assert values(source) == rows
+    assert [row.line for row in source.rows] == list(range(1, 2501))
+    plain = read_records(write(tmp_path / "data.jsonl", jsonl(rows)))
+    assert source.sha256 == plain.sha256 and source.parts[0].unused == ("turns",)
+
+
+def test_a_file_that_is_no_parquet_is_one_line(tmp_path):
+    with pytest.raises(DollyError, match=r"data.parquet: not a parquet file that can be read: .*magic"):
+        read_records(write(tmp_path / "data.parquet", b"instruction,response\n" * 9))
+
+
+def test_a_folder_a_glob_and_a_list_are_all_their_files_in_order(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rows = [{**GOOD, "response": str(number)} for number in range(6)]
+    write(folder / "b.jsonl", jsonl(rows[2:4]))
+    write(folder / "a.csv", as_csv(rows[:2]))
+    parquet(folder / "c.parquet", rows[4:])
+    write(folder / "README.md", "not records")
+    whole = read_records(write(tmp_path / "whole.jsonl", jsonl(rows)))
+    for dataset in (
+        str(folder),
+        str(folder / "*.[cjp]*"),
+        [str(folder / "a.csv"), {"path": f"{folder}/b*"}, str(folder / "c.parquet")],
+    ):
+        found = read_records(dataset)
+        assert values(found) == [{**row} for row in rows]
+        assert [Path(part.name).name for part in found.parts] == ["a.csv", "b.jsonl", "c.parquet"]
+        assert found.sha256 == whole.sha256
+
+
+def test_a_file_with_the_name_of_a_glob_is_that_file(tmp_path):
+    assert len(read_records(write(tmp_path / "a[1].jsonl", jsonl([GOOD] * 3))).rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "says"),
+    [
+        ("{at}", "is a folder without .jsonl, .json, .csv, .parquet files"),
+        ("{at}/*.jsonl", "matches no file"),
+        ("{at}/*.md", "it must be a .jsonl"),
+        ([], "dataset has 0 entries, it must have 1 to 1,000"),
+        (["a.jsonl", 5, {}], "entry 2 of dataset is 5, it must be text, or a map with path"),
+        ({"share": 0.5}, "dataset: path is None, it must be text"),
+        ({"path": "a.csv", "shares": 1}, "unknown key in dataset 'shares'. Did you mean 'share'?"),
+        ({"path": "a.csv", "share": 1.5}, "dataset: share is 1.5, it must be above 0 and at most 1; to show records"),
+        ({"path": "a.csv", "share": True}, "dataset: share is True"),
+        ({"path": "a.csv", "repeat": 0.5}, "dataset: repeat is 0.5, it must be a whole number from 1 to 1,000"),
+        ([{"path": "a.csv", "columns": "q"}], "entry 1 of dataset: columns is 'q', it must be {our name: theirs}"),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path, dataset, says):
+    (tmp_path / "a.md").write_text("text")
+    with pytest.raises(SettingError) as caught:
+        read_records(dataset.format(at=tmp_path) if isinstance(dataset, str) else dataset)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_share_is_drawn_by_the_seed_and_keeps_its_order(tmp_path):
+    path = write(tmp_path / "a.jsonl", jsonl([{**GOOD, "response": str(number)} for number in range(100)]))
+
+    def drawn(seed: int, share: float, *before: str) -> list[int]:
+        part = read_records([*before, {"path": path, "share": share}], seed=seed).parts[-1]
+        assert part.total == 100
+        return [int(row.value["response"]) for row in part.rows]
+
+    half = drawn(1, 0.5)
+    assert len(half) == 50 and half == sorted(half) == drawn(1, 0.5) != drawn(2, 0.5)
+    assert half != drawn(1, 0.5, path)  # two entries draw differently
+    assert set(drawn(1, 0.25)) < set(half) and drawn(1, 1.0) == list(range(100))
+    assert half[:5] == [1, 2, 3, 7, 10]  # the same on every machine
+
+
+def test_so_many_rows_of_a_hub_are_drawn_and_more_than_there_are_refused(monkeypatch):
+    import datasets
+
+    rows = [{**GOOD, "response": str(number)} for number in range(10)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **keywords: iter(rows))
+    source = read_records("hf:me/data#4").parts[0]
+    assert (len(source.rows), source.total) == (4, 10)
+    with pytest.raises(SettingError, match="'hf:me/data#11' asks for 11 rows, and has 10"):
+        read_records("hf:me/data#11")
+
+
 # Hubs: their libraries read local folders the way they read what they downloaded
 
 
@@ -236,7 +335,7 @@ def private_cache(tmp_path, monkeypatch):
 def test_a_folder_is_read_by_the_real_library(tmp_path, tokenizer, private_cache, hub):
     folder = hub_folder(tmp_path)
     source = read_records(f"{hub}:{folder}")
-    assert (len(source.rows), source.unit) == (2, "record")
+    assert (len(source.rows), source.parts[0].unit) == (2, "record")
     checked = check_records(source, tokenizer, 2048)
     assert checked.records == [
         TrainingRecord("What is dew?", "", "Water.", 1),
@@ -264,16 +363,18 @@ def test_what_the_library_cannot_read_is_one_line(tmp_path, private_cache, hub, 
     with pytest.raises(SettingError) as caught:
         read_records(f"{hub}:{folder}")
     assert f"cannot be loaded through {place}'s library (" in str(caught.value)
-    assert "Check the name, the revision" in str(caught.value)
+    assert "Check the name, the subset, the revision" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [
-        ("ms:me/data", {"dataset_name": "me/data", "version": "master"}),
+        ("ms:me/data", {"dataset_name": "me/data", "version": "master", "subset_name": None}),
+        ("ms:me/data/zh@v1#1", {"dataset_name": "me/data", "version": "v1", "subset_name": "zh"}),
         ("ms:me/data@v1.2", {"dataset_name": "me/data", "version": "v1.2"}),
-        ("hf:me/data.x", {"path": "me/data.x", "revision": None}),
+        ("hf:me/data.x", {"path": "me/data.x", "revision": None, "name": None}),
+        ("hf:me/data/zh.1#1", {"path": "me/data", "revision": None, "name": "zh.1"}),
         ("hf:me/data@refs/pr/1", {"path": "me/data", "revision": "refs/pr/1"}),
     ],
 )
@@ -311,7 +412,9 @@ def test_a_local_folder_never_stands_in_for_a_hub_id(tmp_path, monkeypatch):
         read_records("ms:me/data@v1")
 
 
-@pytest.mark.parametrize("dataset", ["ms:data", "hf:/no/such/folder", "ms:", "hf:me/data@", "ms:a/b/c"])
+@pytest.mark.parametrize(
+    "dataset", ["ms:data", "hf:/no/such/folder", "ms:", "hf:me/data@", "ms:a/b/c/d", "ms:a/b#0", "hf:a/b#x"]
+)
 def test_neither_hub_id_nor_folder(dataset):
     with pytest.raises(SettingError, match="no hub id and no folder here; it must be"):
         read_records(dataset)

@@ -12,13 +12,11 @@ from modelscope_dolly.errors import DollyError, SettingError
 from modelscope_dolly.prompt import CONTROL_KEYS, END_KEY, END_OF_TEXT, RESPONSE_KEY, DollyTokenizer
 from tests.support.paths import SHARED_DATA, needs_shared_data
 from tests.support.record_files import BOM, GOOD, as_csv, examples, jsonl, write
-from train.data.sources import FIELDS, read_records
+from train.data.data_report import DROPPED, NOTED, DataReport, RecordProblem, SourceReport
+from train.data.layouts import FIELDS
+from train.data.sources import read_records
 from train.data.validate import (
-    DROPPED,
-    NOTED,
     CheckedRecords,
-    DataReport,
-    RecordProblem,
     TrainingRecord,
     check_records,
     split,
@@ -120,7 +118,7 @@ def test_csv_rows_of_another_width_than_the_header(tmp_path, tokenizer):
 def test_the_limit_is_that_of_the_public_recipe(check, tokenizer):
     ids, prompt = tokenizer.encode_example(**GOOD)
     kept = check(GOOD, max_length=len(ids) + 1)
-    assert (kept.ids, kept.prompt_lengths) == ([ids], [prompt])
+    assert (list(map(list, kept.ids)), kept.prompt_lengths) == ([ids], [prompt])
     with pytest.raises(DollyError, match=r"none of the 1 records is usable \(too_long 1\): line 1: .*Repair them"):
         check(GOOD, max_length=len(ids))
     short = {"instruction": "a", "response": "b"}
@@ -137,7 +135,7 @@ def test_a_typed_key_is_noted_and_trained_as_text(check, tokenizer, key, field):
     whole_key = key if key in (*CONTROL_KEYS, END_OF_TEXT) else RESPONSE_KEY
     assert [(problem.line, problem.kind) for problem in checked.report.problems] == [(2, "contains_key")]
     assert repr(whole_key) in checked.report.problems[0].detail
-    assert checked.report.noted == {"contains_key": 1, "duplicate": 0}
+    assert checked.report.noted == dict.fromkeys(NOTED, 0) | {"contains_key": 1}
     control = tokenizer.control
     specials = [[token for token in ids if token in tokenizer.special_ids] for ids in checked.ids]
     assert specials == [[control.instruction, control.response, control.end]] * 2
@@ -170,7 +168,7 @@ def test_every_row_is_kept_or_reported(check, lines):
     assert len(report.problems) == sum(report.dropped.values()) + sum(report.noted.values())
     again = json.loads(json.dumps(report.as_dict()))
     assert set(again) == {
-        "name", "sha256", "unit", "unused", "rows", "kept", "tokens_kept", "label_tokens_kept", "tokens_dropped",
+        "name", "sha256", "sources", "rows", "kept", "tokens_kept", "label_tokens_kept", "tokens_dropped",
         "problems", "dropped", "noted",
     }  # fmt: skip
     shown = [sum(problem["kind"] in kinds for problem in again["problems"]) for kinds in (DROPPED, NOTED)]
@@ -212,9 +210,9 @@ def test_a_refusal_names_ten_and_counts_all(check):
 
 def test_a_lost_record_is_our_bug():
     problem = RecordProblem(1, "missing", "no response", "'a'")
-    DataReport("data", "", "line", (), 2, 1, 5, 2, 0, (problem,))
+    DataReport((SourceReport("data", "dolly", "line", (), 2, 2, 1),), "", 5, 2, 0, (problem,))
     with pytest.raises(AssertionError, match="vanished"):
-        DataReport("data", "", "line", (), 3, 1, 5, 2, 0, (problem,))
+        DataReport((SourceReport("data", "dolly", "line", (), 3, 3, 1),), "", 5, 2, 0, (problem,))
 
 
 # The split
@@ -264,7 +262,7 @@ def test_the_nano_records_are_all_usable(tokenizer, records):
     assert [record.instruction for record in checked.records] == [record["instruction"] for record in records]
     assert (checked.report.rows, checked.report.problems) == (128, ())
     expected = [tokenizer.encode_example(*(record[field] for field in FIELDS)) for record in records]
-    assert list(zip(checked.ids, checked.prompt_lengths, strict=True)) == expected
+    assert list(zip(map(list, checked.ids), checked.prompt_lengths, strict=True)) == expected
 
 
 @needs_shared_data
@@ -286,7 +284,8 @@ def test_the_public_data_has_the_known_numbers():
     )
     assert report.tokens_kept + report.tokens_dropped == 3_071_684
     assert report.dropped == dict.fromkeys(DROPPED, 0) | {"too_long": 38}
-    assert report.noted == {"contains_key": 0, "duplicate": 15}
-    assert report.unused == ("category",)
+    assert report.noted == dict.fromkeys(NOTED, 0) | {"duplicate": 15, "near_duplicate": 18}
+    assert report.sources[0].unused == ("category",)
+    assert report.sources[0].layout == "dolly"
     train, test = split(report.kept, 200, 42)
     assert (len(train), len(test)) == (14_777, 200)

@@ -77,6 +77,8 @@ def test_every_checkpoint_is_evaluated_where_the_best_is_kept():
         ({"patience": 1, "eval_every": 0}, "patience is 1, it must be left out where eval_every or test_size is 0"),
         ({"final_from": "best", "test_size": 0}, "final_from is 'best', it must be left out where"),
         ({"final_from": "newest"}, "final_from is 'newest', it must be one of last, best"),
+        ({"lora": {"r": 4}, "zero_stage": "3"}, "zero_stage is '3', it must be 0, 1, 2 or auto: lora works with"),
+        ({"lora": {"r": 4}, "offload": "all"}, "offload is 'all', it must be none, optimizer or auto: lora works"),
         ({"patience": -1}, "patience is -1, it must be at least 0"),
         ({"max_hours": -0.5}, "max_hours is -0.5, it must be at least 0 and at most 10,000"),
         ({"max_hours": "soon"}, "max_hours is 'soon', it must be a number"),

@@ -263,22 +263,28 @@ def test_checkpoints_of_other_adapters_are_refused(tmp_path):
             check_resume(other, tmp_path)
 
 
-def _losses(folder: Path, lora: dict, **changes) -> list[float]:
-    complete(write_recipe(folder, lora=lora, epochs=12, learning_rate=2e-2, eval_every=0, save_every=1000, **changes))
-    return [row["loss"] for row in rows(folder / "run")]
-
-
 def test_qlora_reaches_the_loss_of_lora_and_ends_in_plain_weights(tmp_path):
-    """The frozen weights are other ones: the losses are near each other, not alike. docs/training.md has figures."""
+    """On a base that knows something. Rounded to 4 bits it has lost a good part of that, which the adapters learn back.
+
+    Measured when this was written: 1.585 with LoRA, 1.584 in 8 bits, 1.636 in 4 bits, which starts at 2.566.
+    """
     pytest.importorskip("bitsandbytes")
-    plain = _losses(tmp_path / "plain", {"r": 16})
-    for bits, margin in ((4, 0.05), (8, 0.02)):
-        folder = tmp_path / f"bits{bits}"
-        losses = _losses(folder, {"r": 16, "bits": bits})
-        assert losses != plain and losses[-1] < plain[0] - 1
-        assert abs(losses[-1] - plain[-1]) < margin * plain[-1], (bits, losses[-1], plain[-1])
-        _check_final(folder / "run", material() / "base")
-        saved = load_file(folder / "run" / "final" / "model.safetensors")
+    quiet = {"eval_every": 0, "save_every": 1000, "test_size": 0}
+    complete(write_recipe(tmp_path / "base", epochs=24, learning_rate=5e-3, **quiet))
+    base = tmp_path / "base" / "run" / "final"
+
+    def train(name: str, lora: dict) -> list[float]:
+        given = {"model": str(base), "lora": lora, "epochs": 8, "learning_rate": 2e-2}
+        complete(write_recipe(tmp_path / name, **given, **quiet))
+        return [row["loss"] for row in rows(tmp_path / name / "run")]
+
+    plain = train("plain", {"r": 16})
+    for bits, margin in ((4, 0.06), (8, 0.005)):
+        losses = train(f"bits{bits}", {"r": 16, "bits": bits})
+        assert losses[-1] == pytest.approx(plain[-1], rel=margin) and losses != plain
+        assert bits == 8 or losses[0] > plain[0] + 0.5
+        _check_final(tmp_path / f"bits{bits}" / "run", base)
+        saved = load_file(tmp_path / f"bits{bits}" / "run" / "final" / "model.safetensors")
         assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
