@@ -56,7 +56,7 @@ def test_requests_of_many_lengths_compute_few_shapes(checkpoint_dir, dtype, monk
             cache = net.new_cache(1, 512)
             chunks = [(0, 0, length)] if length % 4 == 1 else [(0, 0, 256), (0, 256, 256 + length)]
             for chunk in chunks:
-                net(torch.zeros(chunk[2] - chunk[1], dtype=torch.long), StepInput.chunks([chunk]), cache)
+                net(torch.zeros(chunk[2] - chunk[1], dtype=torch.long), StepInput.chunks([(*chunk, 1)]), cache)
         for count in slots:
             net(torch.zeros(count, dtype=torch.long), StepInput.decode([5] * count), net.new_cache(count, 64))
     allowed = {256, *map(bounded, lengths), *map(bounded, slots)}
@@ -78,7 +78,7 @@ def test_filled_up_rows_change_nothing(dtype):
     caches = KVCache(3, 512), KVCache(3, 512)
     tokens = torch.randint(0, 1024, (400,), generator=torch.Generator().manual_seed(1))
     steps = [
-        (tokens[:91], StepInput.prefill([37, 33, 21])), (tokens[:150], StepInput.chunks([(0, 37, 187)])),
+        (tokens[:91], StepInput.prefill([37, 33, 21])), (tokens[:150], StepInput.chunks([(0, 37, 187, 1)])),
         (tokens[:3], StepInput.decode([187, 33, 21])), (tokens[:19], StepInput.verify([(0, 188, 17), (1, 34, 2)])),
         (tokens[:19], StepInput.verify([(0, 188, 17), (1, 34, 2)], last_only=True)),
     ]  # fmt: skip
