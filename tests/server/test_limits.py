@@ -61,7 +61,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
 @pytest.fixture(scope="module")
 def strict(dolly):
     with running(
-        dolly, slots=4, body_bytes=2000, arrival_seconds=0.3, idle_seconds=0.3, stall_seconds=0.3, queue=4
+        dolly, slots=4, body_bytes=2000, arrival_seconds=1.5, idle_seconds=0.3, stall_seconds=0.3, queue=4
     ) as server:
         yield server
 
@@ -84,10 +84,10 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_parsed(strict):
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        (b"", "no request arrived within 0.3 s"),
-        (b"POST /v1/completions HT", "no request arrived within 0.3 s"),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-", "no request arrived within 0.3 s"),
-        (post("/v1/completions", b'{"prompt":', 100), "the body did not arrive within 0.3 s"),
+        (b"", "no request arrived within 1.5 s"),
+        (b"POST /v1/completions HT", "no request arrived within 1.5 s"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-", "no request arrived within 1.5 s"),
+        (post("/v1/completions", b'{"prompt":', 100), "the body did not arrive within 1.5 s"),
     ],
     ids=["nothing", "half a line", "half a header", "half a body"],
 )
