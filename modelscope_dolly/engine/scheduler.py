@@ -194,6 +194,7 @@ class Scheduler:
     def _free(self, slot: int) -> Iterator[tuple[int, int]]:
         ended = self.running[slot]
         ended.leave_shared()
+        ended.proposer = None  # its tables: sequence and group refer to each other, which Python frees much later
         ended.group.running -= 1
         decoding = sum(sequence.decodes for sequence in self.running)
         if ended.decodes and slot < decoding - 1:

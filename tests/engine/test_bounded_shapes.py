@@ -54,7 +54,7 @@ def test_requests_of_many_lengths_compute_few_shapes(checkpoint_dir, dtype, monk
     with Shapes() as shapes, torch.inference_mode():
         for length in lengths:
             cache = net.new_cache(1, 512)
-            chunks = [(0, 0, length)] if length % 4 == 1 else [(0, 0, 256), (0, 256, 256 + length)]
+            chunks = [(0, 0, length, 1)] if length % 4 == 1 else [(0, 0, 256, 1), (0, 256, 256 + length, 1)]
             for chunk in chunks:
                 net(torch.zeros(chunk[2] - chunk[1], dtype=torch.long), StepInput.chunks([chunk]), cache)
         for count in slots:
@@ -78,7 +78,7 @@ def test_filled_up_rows_change_nothing(dtype):
     caches = KVCache(3, 512), KVCache(3, 512)
     tokens = torch.randint(0, 1024, (400,), generator=torch.Generator().manual_seed(1))
     steps = [
-        (tokens[:91], StepInput.prefill([37, 33, 21])), (tokens[:150], StepInput.chunks([(0, 37, 187)])),
+        (tokens[:91], StepInput.prefill([37, 33, 21])), (tokens[:150], StepInput.chunks([(0, 37, 187, 1)])),
         (tokens[:3], StepInput.decode([187, 33, 21])), (tokens[:19], StepInput.verify([(0, 188, 17), (1, 34, 2)])),
         (tokens[:19], StepInput.verify([(0, 188, 17), (1, 34, 2)], last_only=True)),
     ]  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -421,3 +423,21 @@ def test_a_step_of_one_token_is_as_ever_where_nothing_is_proposed(oracle):
     engine.generate([Request([1, 2, 3], 5, GREEDY), Request([4], 5, GREEDY, proposer=PromptLookup)], slots=2)
     hook.remove()
     assert all(step.verify_spans is None for step in steps)
+
+
+def test_a_proposer_goes_with_its_sequence_and_not_with_pythons_collector(engine):
+    """Its tables are as large as the prompt; where callers always wait, the collector comes by once in minutes."""
+    left: WeakSet[PromptLookup] = WeakSet()
+
+    def make(ids: list[int]) -> PromptLookup:
+        proposer = PromptLookup(ids)
+        left.add(proposer)
+        return proposer
+
+    gc.collect()
+    gc.disable()
+    try:
+        tokens_of(engine, [Request(random_ids(40, seed), 6, GREEDY, proposer=make) for seed in range(5)], 2)
+        assert not left
+    finally:
+        gc.enable()
