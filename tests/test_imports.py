@@ -17,7 +17,7 @@ PACKAGE, RECIPE = ROOT / "modelscope_dolly", ROOT / "train"
 
 #: Files and folders of the package, lowest first. Each imports only what stands before it.
 ORDER = (
-    "errors", "task_shapes", "files", "locks", "hardware", "prompt", "text_stream", "kernels", "engine",
+    "errors", "addresses", "task_shapes", "files", "locks", "hardware", "prompt", "text_stream", "kernels", "engine",
     "generation_settings", "answer_requests", "generation", "structured", "checkpoint", "placement", "legacy_uploads",
     "load", "server", "model", "pipeline", "batch", "evaluation", "benchmark", "compare", "web", "cli",
 )  # fmt: skip

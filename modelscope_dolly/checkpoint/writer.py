@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.checkpoint.config import transformers_config
 from modelscope_dolly.checkpoint.weights import write_tensors
 from modelscope_dolly.engine.settings import MAX_NEW_TOKENS, Sampling
 from modelscope_dolly.files import new_directory, read_json, write_atomically, write_json
@@ -72,8 +73,8 @@ def export_merged(checkpoint: Checkpoint, dtype: torch.dtype, target: str | Path
     with new_directory(Path(target)) as directory:
         tensors = checkpoint.read_tensors()
         write_tensors(directory, ((name, tensor.to(dtype, copy=True)) for name, tensor in tensors))
-        checkpoint.config.dtype = dtype
-        checkpoint.config.save_pretrained(directory)
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), checkpoint.tokenizer.control.eos)
+        transformers_config(checkpoint.config, dtype=dtype, **ids).save_pretrained(directory)
         checkpoint.tokenizer.tokenizer.save_pretrained(directory)
         write_side_files(directory, checkpoint.tokenizer)
         seal_directory(directory)

@@ -16,7 +16,8 @@ SUMMARY = "two models answer the same instructions: held-out loss, and a page to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("models", nargs=2, metavar=("A", "B"), help="directories or hub ids, OWNER/NAME[@REVISION]")
+    add("first", metavar="A", help="directory or hub id, OWNER/NAME[@REVISION]")
+    add("second", metavar="B", help="the other one")
     add("--data", required=True, metavar="FILE", help=".jsonl with instruction, response, and perhaps context")
     add("--records", type=int, metavar="N", help="the first N records (default: all)")
     add("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from modelscope_dolly.compare.side_by_side import ComparedModel, compare
 
     records = read_held_out(Path(path_of("--data", options.data)), options.records)
-    models = [_split_revision(model) for model in options.models]
+    models = [_split_revision(model) for model in (options.first, options.second)]
     names = options.names or _names([model for model, _ in models])
     first, second = (ComparedModel(*model, name) for model, name in zip(models, names, strict=True))
     chosen = {name: getattr(options, name) for name in ("device", "dtype", "quantize", "threads")}

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 
+from modelscope_dolly.addresses import is_loopback
 from modelscope_dolly.cli.bench import interrupt_once
 from modelscope_dolly.cli.options import add_model_options, load_dolly
 from modelscope_dolly.cli.streams import complain
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     with interrupt_once() as received:
         try:
             with launch.serving(dolly, options.host, options.port, options.share, options.mcp, auth) as page:
-                if not auth and (options.share or not launch.is_loopback(options.host)):
+                if not auth and (options.share or not is_loopback(options.host)):
                     complain("warning: whoever reaches this address can ask; to ask for a password: --auth USER:FILE")
                 print(f"{page.share_url or page.local_url}  (Ctrl-C stops)", flush=True)
                 if options.mcp:

@@ -67,11 +67,6 @@ class ServerSettings:
             low = 0 if name == "drain_seconds" else 0.01
             yield math.isfinite(value) and low <= value <= 86400, f"{_flag(name)} is {value}, it must be {low} to 86400"
 
-    @property
-    def local(self) -> bool:
-        """Whether only this machine can reach the server."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
-
 
 #: Settings whose flag is not their name.
 FLAGS = {

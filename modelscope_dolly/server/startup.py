@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Iterator
 
+from modelscope_dolly.addresses import bound_socket, is_loopback
 from modelscope_dolly.engine.engine import SLOTS
 from modelscope_dolly.errors import HardwareError, SettingError
 from modelscope_dolly.files import gigabytes
@@ -23,26 +23,14 @@ def bind(settings: ServerSettings) -> socket.socket:
     Raises:
         SettingError: the port is in use, or the address is not one of this machine.
     """
-    host, port = settings.host, settings.port
+    listener = bound_socket(settings.host, settings.port)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
-        listener = socket.socket(family)
-    except (OSError, UnicodeError) as error:
-        raise SettingError(f"--host {host!r} is no address: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
-        listener.bind(address)
         listener.listen(1024)
         listener.setblocking(False)
-    except OSError as error:
+    except OSError as error:  # another program has listened there in the meantime
         listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise SettingError(
-                f"port {port} of {host} is in use by another server; stop it, or pass --port (0 takes a free one)"
-            ) from None
-        raise SettingError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        raise SettingError(f"cannot listen on {settings.host}, port {settings.port}: {error.strerror}") from None
     return listener
 
 
@@ -72,7 +60,7 @@ def choose_slots(dolly: Dolly, requested: int | None) -> int:
 
 def warnings(settings: ServerSettings) -> Iterator[str]:
     """What a careful operator would not leave so."""
-    if not settings.keys and not settings.local:
+    if not settings.keys and not is_loopback(settings.host):
         yield f"anybody who reaches {settings.host} can ask: pass --api-key KEY or a file of keys, or --host 127.0.0.1"
 
 

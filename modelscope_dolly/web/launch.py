@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.util
-import ipaddress
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelscope_dolly.addresses import bound_socket
 from modelscope_dolly.errors import HardwareError, SettingError, one_line, shown
 
 if TYPE_CHECKING:
@@ -33,33 +31,9 @@ def check_packages(mcp: bool = False) -> None:
 
 def check_address(host: str, port: int) -> None:
     """Whether this process may listen there. Raises SettingError."""
-    if not 1 <= port <= 65535:
+    if not 1 <= port <= 65535:  # gradio cannot say which free one it took
         raise SettingError(f"port is {port}, it must be a whole number from 1 to 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError) as error:
-        raise SettingError(f"host {shown(host)} is no address of this machine ({one_line(error)})") from None
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            reason, remedy = error.strerror, "choose another one with --port"
-            if error.errno == errno.EADDRINUSE:
-                reason = "it is in use"
-            elif error.errno == errno.EADDRNOTAVAIL:
-                reason, remedy = "not an address of this machine", "choose another one with --host"
-            raise SettingError(f"cannot listen on {shown(host)}, port {port}: {reason}; {remedy}") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    bound_socket(host, port).close()
 
 
 def read_login(given: str) -> tuple[str, str]:

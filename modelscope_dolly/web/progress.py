@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelscope_dolly.errors import DollyError, PromptError
-from modelscope_dolly.generation import SEEDS, GenerationSettings, TextGenerator, parse_input
+from modelscope_dolly.generation import GenerationSettings, TextGenerator, parse_input
+from modelscope_dolly.generation_settings import SEEDS
 
 #: Seconds between two updates of the page at least. Redrawing takes a browser and gradio a few milliseconds each.
 INTERVAL = 0.05

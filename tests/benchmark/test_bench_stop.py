@@ -95,7 +95,9 @@ def test_starts_that_were_complete_are_told(tmp_path):
     running.read_until("start 2 of 2, files from memory")
     code, out = running.stop(signal.SIGTERM)
     assert code == 143
-    assert out.splitlines()[-1] == "stopped by SIGTERM; not measured: fp32 from memory; fp32 from disk"
+    assert out.splitlines()[-1] == (
+        "stopped by SIGTERM; not measured: fp32 from memory, compared before; fp32 from memory; fp32 from disk"
+    )
     [row] = [line for line in out.splitlines() if line.startswith("fp32 ")]
     assert "~ 1 of 2 starts" in row
 

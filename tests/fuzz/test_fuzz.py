@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import random
-import sys
 from pathlib import Path
 
 import pytest
 
-from modelscope_dolly import generation
+from modelscope_dolly import generation_settings
 from modelscope_dolly.checkpoint import manifest
+from modelscope_dolly.cli import exit_codes
 from tests.fuzz import fuzz_api, fuzz_checkpoints, fuzz_command_line, fuzz_kernels
 from tests.fuzz.cases import run_cases
 from tests.fuzz.run import NAMES
@@ -49,7 +49,7 @@ def test_a_failed_case_is_named_by_seed_and_number_and_comes_again():
 
 
 def test_a_check_that_is_left_out_is_seen_by_the_fuzzer_of_the_api(monkeypatch):
-    monkeypatch.setattr(generation, "is_whole", lambda value, *_: not isinstance(value, bool))
+    monkeypatch.setattr(generation_settings, "is_whole", lambda value, *_: not isinstance(value, bool))
     with pytest.raises(AssertionError, match="seed 1"):
         fuzz_api.main(60, 1)
 
@@ -72,7 +72,7 @@ def test_a_damaged_answer_is_seen_by_the_fuzzer_of_checkpoints(monkeypatch):
 
 
 def test_an_error_that_is_not_caught_is_seen_by_the_fuzzer_of_command_lines(monkeypatch):
-    monkeypatch.setattr(sys.modules["modelscope_dolly.cli.main"], "DollyError", KeyError)
+    monkeypatch.setattr(exit_codes, "DollyError", KeyError)
     with pytest.raises(AssertionError, match=r"case \d of seed 2: \w+Error"):
         fuzz_command_line.main(60, 2)
 

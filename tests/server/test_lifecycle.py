@@ -26,14 +26,14 @@ from modelscope_dolly.server.startup import bind, choose_slots, warnings
 PATIENT = """
 import sys, threading, urllib.request
 from modelscope_dolly.cli import main
-from modelscope_dolly import load
-read = load.read_tensors
+from modelscope_dolly.checkpoint import reader
+read = reader.read_tensors
 def slowly(tensors):
     for number, pair in enumerate(read(tensors)):
         if number == 3:
             sys.stdin.readline()
         yield pair
-load.read_tensors = slowly
+reader.read_tensors = slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -180,7 +180,7 @@ def test_what_stands_in_the_way_is_one_line_and_exit_code_2(checkpoint_dir, tmp_
         other.listen()
         port = str(other.getsockname()[1])
         assert main(["serve", str(checkpoint_dir), "--port", port]) == 2
-    assert f"port {port} of 127.0.0.1 is in use by another server" in capsys.readouterr().err
+    assert f"port {port}: it is in use by another program; choose another one with --port" in capsys.readouterr().err
     assert main(["serve", str(tmp_path), "--port", "0"]) == 2
     assert "config.json" in capsys.readouterr().err.splitlines()[-1]
     assert main(["serve", str(checkpoint_dir), "--port", "0", "--slots", "4000000"]) == 2

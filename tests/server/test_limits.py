@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -10,7 +11,9 @@ import pytest
 
 from modelscope_dolly.server import startup
 from modelscope_dolly.server.api_errors import ApiError
+from modelscope_dolly.server.connection import ABORT
 from modelscope_dolly.server.limits import Admission, Keys, RateLimit
+from modelscope_dolly.server.streaming import EventStream
 from tests.support.serving import post, read_all, running
 
 #: One token is far likelier than those that end an answer.
@@ -61,7 +64,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
 @pytest.fixture(scope="module")
 def strict(dolly):
     with running(
-        dolly, slots=4, body_bytes=2000, arrival_seconds=0.3, idle_seconds=0.3, stall_seconds=0.3, queue=4
+        dolly, slots=4, body_bytes=2000, arrival_seconds=1.5, idle_seconds=0.3, stall_seconds=0.3, queue=4
     ) as server:
         yield server
 
@@ -84,10 +87,10 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_parsed(strict):
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        (b"", "no request arrived within 0.3 s"),
-        (b"POST /v1/completions HT", "no request arrived within 0.3 s"),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-", "no request arrived within 0.3 s"),
-        (post("/v1/completions", b'{"prompt":', 100), "the body did not arrive within 0.3 s"),
+        (b"", "no request arrived within 1.5 s"),
+        (b"POST /v1/completions HT", "no request arrived within 1.5 s"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-", "no request arrived within 1.5 s"),
+        (post("/v1/completions", b'{"prompt":', 100), "the body did not arrive within 1.5 s"),
     ],
     ids=["nothing", "half a line", "half a header", "half a body"],
 )
@@ -107,16 +110,47 @@ def test_an_idle_connection_is_closed_and_so_is_one_that_stops_in_its_second_req
 
 
 def test_a_reader_who_stands_still_is_dropped_and_holds_up_nobody(dolly, monkeypatch):
-    monkeypatch.setattr(startup, "_UNREAD", 4096)  # so that a short answer fills the buffers
+    monkeypatch.setattr(startup, "_UNREAD", 4096)
+    many = {**STREAM, "max_tokens": 300, "logprobs": True, "top_logprobs": 20}  # megabytes, more than buffers hold
     with running(dolly, slots=5, stall_seconds=0.3) as server, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(server.address)
-        slow.sendall(post("/v1/chat/completions", json.dumps({**STREAM, "max_tokens": 400}).encode()))
+        slow.sendall(post("/v1/chat/completions", json.dumps(many).encode()))
         slow.recv(100)
         assert server.chat(max_tokens=5)[0] == 200
         server.line("outcome=stalled")
         assert server.service.admission.open == 0
         assert server.chat(max_tokens=5)[0] == 200
+
+
+def test_a_stream_whose_piece_is_not_taken_is_dropped_and_its_answers_are_cancelled():
+    """Without a network: the buffers of a system may be of any size."""
+    ended: list[str] = []
+    dropped, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def updates():
+        try:
+            while True:
+                yield []
+        finally:
+            cancelled.set()
+
+    async def send(message: dict) -> None:
+        if message["type"] == "http.response.body":
+            await dropped.wait()
+            await asyncio.Event().wait()
+
+    async def receive() -> dict:
+        await dropped.wait()
+        return {"type": "http.disconnect"}
+
+    async def stream() -> None:
+        news = updates()
+        response = EventStream(await anext(news), news, lambda batch: iter([{}]), 0.05, ended.append)
+        await response({"extensions": {ABORT: dropped.set}}, receive, send)
+
+    asyncio.run(stream())
+    assert ended == ["stalled", "disconnected"] and cancelled.is_set()
 
 
 def test_a_request_that_waits_too_long_for_its_first_token_is_refused(dolly):
