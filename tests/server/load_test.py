@@ -195,10 +195,10 @@ class Client:
 
 
 @contextlib.contextmanager
-def served(model: Path, log: Path) -> Iterator[tuple[int, psutil.Process]]:
+def served(model: Path, log: Path, *flags: str) -> Iterator[tuple[int, psutil.Process]]:
     """Port and process of a server."""
     command = [sys.executable, "-m", "modelscope_dolly.cli", "serve", str(model), "--port", "0", "--device", "cpu"]
-    command += ["--threads", "1"]  # the clients need a core, too
+    command += ["--threads", "1", *flags]  # the clients need a core, too
     command += ["--api-key", KEY, "--slots", str(SLOTS), "--queue", str(QUEUE), "--max-body-bytes", str(MOST_BYTES)]
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stderr=file, stdout=file)
