@@ -28,6 +28,7 @@ STRUCTURED = ["llguidance>=1"]  # for answers that fit a regex or a JSON schema
 QLORA = ["bitsandbytes>=0.48"]  # for lora with bits: 4 or 8
 DEV = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.14", "markdown-it-py>=3", "setuptools>=64", "wheel"]
 DEV += ["openai>=2", "playwright>=1.50", "nbclient>=0.10", "nbformat>=5", "ipykernel>=6", "jsonschema>=4"]
+DEV += ["tenacity>=8"]  # lm-eval's client of servers
 # Runs the GPU kernels on a CPU, and compiles them where there is no GPU; torch for CUDA brings it along.
 DEV += ['triton>=3.5; platform_system == "Linux"']
 

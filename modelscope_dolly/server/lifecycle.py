@@ -41,8 +41,6 @@ def serve(settings: ServerSettings, load: Loader, slots: int | None, model: str)
     """
     listener = startup.bind(settings)
     _log_to_stderr()
-    for warning in startup.warnings(settings):
-        say(f"warning: {warning}")
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     failed: list[BaseException] = []
@@ -63,7 +61,9 @@ def serve(settings: ServerSettings, load: Loader, slots: int | None, model: str)
 
     service = Service(settings, loaded, ready)
     server = _Server(server_config(settings, service))
-    with listener, server.capture_signals():  # before anybody knows that there is a process to stop
+    with listener, server.capture_signals():  # before anybody is told that there is something to stop
+        for warning in startup.warnings(settings):
+            say(f"warning: {warning}")
         say(f"listening on {address}; loading {model}")
         asyncio.run(server.serve([listener]))
     if failed and isinstance(failed[0], DollyError):
