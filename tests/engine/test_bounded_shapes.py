@@ -56,7 +56,7 @@ def test_requests_of_many_lengths_compute_few_shapes(checkpoint_dir, dtype, monk
             cache = net.new_cache(1, 512)
             chunks = [(0, 0, length, 1)] if length % 4 == 1 else [(0, 0, 256, 1), (0, 256, 256 + length, 1)]
             for chunk in chunks:
-                net(torch.zeros(chunk[2] - chunk[1], dtype=torch.long), StepInput.chunks([(*chunk, 1)]), cache)
+                net(torch.zeros(chunk[2] - chunk[1], dtype=torch.long), StepInput.chunks([chunk]), cache)
         for count in slots:
             net(torch.zeros(count, dtype=torch.long), StepInput.decode([5] * count), net.new_cache(count, 64))
     allowed = {256, *map(bounded, lengths), *map(bounded, slots)}
