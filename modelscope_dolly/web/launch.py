@@ -72,6 +72,7 @@ def serving(
         HardwareError: gradio could not be started.
     """
     _stay_at_home()
+    from modelscope_dolly.engine.engine import SLOTS
     from modelscope_dolly.web.page import CSS, build, theme
 
     page = build(dolly.text_generator)
@@ -83,7 +84,7 @@ def serving(
             share=share,
             mcp_server=mcp,
             auth=auth,
-            max_threads=dolly.text_generator.engine.slots + _SPARE_THREADS,
+            max_threads=(dolly.text_generator.engine.slots or SLOTS) + _SPARE_THREADS,
             theme=theme(),
             css=CSS,
         )

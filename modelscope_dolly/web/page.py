@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from modelscope_dolly.engine.engine import SLOTS
 from modelscope_dolly.errors import DollyError
 from modelscope_dolly.generation import GenerationSettings, TextGenerator
 from modelscope_dolly.web.progress import ask, explain, settings_of, status
@@ -147,7 +148,7 @@ def build(text_generator: TextGenerator) -> gr.Blocks:
         begun.then(
             partial(_run, text_generator), [ticket, instruction, context, language, *fields.values()], shown,
             show_progress="minimal", show_progress_on=told, api_visibility="private",
-            concurrency_id="engine", concurrency_limit=text_generator.engine.slots,
+            concurrency_id="engine", concurrency_limit=text_generator.engine.slots or SLOTS,
         )  # fmt: skip
         stop.click(Ticket.stop, ticket, None, **quick)
         clear.click(_cleared, ticket, [instruction, context, *shown], **quick)
